@@ -1,4 +1,4 @@
-"""An optimizer that an old DeepSpeed saved, as DeepSpeed 0.6 and later hold and load it.
+"""Converts an optimizer that an old DeepSpeed saved to the format of DeepSpeed 0.6 and later.
 
 Sources: deepspeed 0.16 runtime/zero/stage_1_and_2.py (state_dict, load_state_dict),
 runtime/fp16/loss_scaler.py, runtime/engine.py (_save_checkpoint, _save_zero_checkpoint).
@@ -17,10 +17,10 @@ from neox_bridge.optimizer.states import Group, Optimizer, loss_scaler
 from neox_bridge.planning.neox_files import MP_RANK, OLD_SPARSE_NAMES
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
-OLDEST_VERSION = "0.3.15"  # of DeeperSpeed, with GPT-NeoX until v1.0; its files do not say so
+OLDEST_VERSION = "0.3.15"  # DeeperSpeed of GPT-NeoX until v1.0, whose files contain no version
 _OF_DEEPSPEED = ("ds_config", "ds_version")
-# what the optimizers that GPT-NeoX may take for Adam expect of a group: apex's FusedAdam,
-# DeepSpeed's, and torch's AdamW
+# keys that the Adam implementations of GPT-NeoX expect in a group: FusedAdam of apex and of
+# DeepSpeed, and torch's AdamW
 ADAM: Mapping[str, Any] = {
     "bias_correction": True,
     "amsgrad": False,
@@ -35,13 +35,13 @@ DECAYING, STILL = "weight_decay_params", "no_weight_decay_params"
 
 
 def is_current(optimizer: Optimizer) -> bool:
-    """Whether DeepSpeed of 2022 and later loads the optimizer in the form that its files have."""
+    """Whether DeepSpeed of 2022 and later can load the optimizer files unchanged."""
     form = optimizer.form
     return form is None or current_states(form.kind, form.generation)
 
 
 def writer_version(optimizer: Optimizer) -> str | None:
-    """The DeepSpeed that wrote an optimizer's files, such as "0.16.5"; None if nothing tells it."""
+    """The version of DeepSpeed that wrote the files, such as "0.16.5"; None if unknown."""
     version = text(optimizer.metas[0], "ds_version")
     if not version and optimizer.form is not None and optimizer.form.generation is SUB_PARTITIONS:
         return OLDEST_VERSION
@@ -49,11 +49,11 @@ def writer_version(optimizer: Optimizer) -> str | None:
 
 
 def in_current_form(optimizer: Optimizer, raw: Mapping[str, Any], version: str) -> Optimizer:
-    """The same optimizer with the keys, scalars and settings that a later DeepSpeed loads.
+    """Return the optimizer with the keys, scalars and settings that a later DeepSpeed loads.
 
     Args:
-        optimizer: In any form. Of a current one, only the states of GPU generators may change.
-        raw: The run's yml, in which the values stand that old files do not hold.
+        optimizer: In any format. If it is current, only the states of GPU generators may change.
+        raw: The run's yml, which contains the values that are missing in old files.
         version: The DeepSpeed that loads it, such as "0.16.5".
     """
     generators = {n: current_cuda_state(data) for n, data in optimizer.generators.items()}
@@ -83,7 +83,7 @@ def in_current_form(optimizer: Optimizer, raw: Mapping[str, Any], version: str) 
 
 
 def _scaler(scaler: Any) -> Any:
-    """A loss scaler with the fields that it has had since DeepSpeed 0.9 (loss_scaler.py)."""
+    """A loss scaler with the fields of DeepSpeed 0.9 and later (loss_scaler.py)."""
     if not isinstance(scaler, Record) or not isinstance(scaler.state, dict):
         return scaler
     dynamic = "scale_window" in scaler.state
@@ -95,7 +95,7 @@ def _scaler(scaler: Any) -> Any:
 
 
 def _group(group: Group) -> Group:
-    """A group with its step where each of the Adams looks for it, and with GPT-NeoX's name."""
+    """A group with its step where each Adam implementation looks for it, and GPT-NeoX's name."""
     step = group.settings.get("step", group.scalars.get("step"))
     name = STILL if not group.settings.get("weight_decay") else DECAYING
     settings = {**ADAM, **group.settings, "name": name}
@@ -105,7 +105,7 @@ def _group(group: Group) -> Group:
 
 
 def _meta(meta: Mapping[str, Any], config: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """An mp_rank file's value with DeepSpeed's keys in their order, then GPT-NeoX's."""
+    """The content of an mp_rank file, with DeepSpeed's keys in their order, then GPT-NeoX's."""
     kept = {key: value for key, value in meta.items() if key != OLD_SPARSE_NAMES}
     defaults = {**MP_RANK, "ds_config": dict(config), "ds_version": version}
     if OLD_SPARSE_NAMES in meta:
@@ -116,7 +116,7 @@ def _meta(meta: Mapping[str, Any], config: Mapping[str, Any], version: str) -> d
 
 
 def _with_current_random_states(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """An mp_rank file's value with the states of GPU generators as torch 1.13 accepts them."""
+    """The content of an mp_rank file, with GPU generator states that torch 1.13 accepts."""
     changed = dict(meta)
     if "cuda_rng_state" in meta:
         changed["cuda_rng_state"] = current_cuda_tensor(meta["cuda_rng_state"])
@@ -127,6 +127,6 @@ def _with_current_random_states(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What the yml says to DeepSpeed, as it is saved beside the states."""
+    """The DeepSpeed config in the yml, as DeepSpeed saves it with the states."""
     keys = ("optimizer", "fp16", "bf16", "zero_optimization", "gradient_clipping")
     return {key: dict(v) if isinstance(v := raw[key], dict) else v for key in keys if key in raw}

@@ -22,7 +22,7 @@ _LR = 0.001  # OPT_PARAMS_DEFAULTS of neox_arguments/arguments.py
 _WEIGHT_DECAY = 0.01  # neox_arguments/neox_args.py
 _BETAS = [0.9, 0.999]  # of FusedAdam, of apex and of DeepSpeed
 _EPS = 1e-8
-_LARGEST_EXPONENT = 700.0  # e to a larger number is no float; no schedule of GPT-NeoX comes near
+_LARGEST_EXPONENT = 700.0  # exp of a larger number overflows; no schedule of GPT-NeoX comes near
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ def derived_settings(
 ) -> DerivedSettings:
     """The hyperparameters of an Adam whose states are elastic. Raises Refused for others.
 
-    raw: the merged yml. meta: of the first mp_rank file, which is ``path``. scalars: by group, what
-    the states have beside tensors; "step" there is kept. version: of DeepSpeed, "" if unknown.
+    raw: the merged yml. meta: the content of the first mp_rank file, ``path``. scalars: the
+    non-tensor values of the states, by group; their "step" is kept. version: of DeepSpeed, "" if
+    unknown.
     """
     yml = f"{folder}{CONFIGS}"
     optimizer = mapping(raw, "optimizer", yml)
@@ -154,7 +155,7 @@ def _needed(schedule: Mapping[str, Any], key: str, path: str) -> float:
 
 
 def _step(meta: Mapping[str, Any], path: str, version: str) -> tuple[Derived, Finding]:
-    """Adam's step: one for each iteration that was not skipped, and one before training."""
+    """Adam's step count: one per iteration that was not skipped, and one before training."""
     iteration = whole(meta, "iteration", path) or 0
     skipped = whole(meta, "skipped_steps", path) or 0
     steps = whole(meta, "global_steps", path)

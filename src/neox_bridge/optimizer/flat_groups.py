@@ -18,16 +18,17 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 
 _OTHER_SAVE = "The files are from another model, layout or save. Copy the checkpoint again."
 Parts = Mapping[str, tuple[TensorRef, ...]]
-_ALIGNMENT = 2  # elements, times the ranks, since DeepSpeed 0.5.2 (#1328)
+_ALIGNMENT = 2  # elements, multiplied by the number of ranks, since DeepSpeed 0.5.2 (#1328)
 
 
 def flat_group(
     ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Shape]
 ) -> tuple[Parts, Parts]:
-    """The parts of a group without padding, and the padding, by state in the order of the group.
+    """Separate the parts of a group from their padding, by state, in the order of the group.
 
-    ranks: the files of one model-parallel rank, by data-parallel rank. index: the group's number.
-    shapes: of its parameters in their order. Raises BridgeError if the parts do not match.
+    ranks: the files of one model-parallel rank, by data-parallel rank. index: the number of the
+    group. shapes: the shapes of its parameters, in order. Raises BridgeError if the parts do not
+    match.
     """
     first = ranks[0]
     intervals = len(first.parts[index])
@@ -120,8 +121,9 @@ def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
 def _check_partitions(sizes: Sequence[int], total: int, where: str) -> None:
     """Check one part per rank, of equal size, with or without padding.
 
-    DeepSpeed before 0.16 subtracts padding from the last part alone, also where several parts are
-    padding, and before 0.12 only that to a multiple of the ranks, where it pads to twice that.
+    DeepSpeed before 0.16 subtracts padding only from the last part, even if several parts contain
+    padding. Before 0.12 it subtracts the padding to a multiple of the ranks, although it pads to a
+    multiple of twice the ranks.
     """
     dp = len(sizes)
     for step in (1, _ALIGNMENT):

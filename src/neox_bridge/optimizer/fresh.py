@@ -25,8 +25,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int) -> NewOptimizer:
     """The optimizer for a target. model: with its tensors in the source's dtype.
 
-    training: the yml's keys. Raises Refused for optimizers other than Adam, and for models with
-    another parameter order.
+    training: the keys of the yml. Raises Refused for optimizers other than Adam, and for models
+    with another parameter order.
     """
     architecture, config, layout = model.architecture, model.config, model.layout
     adam = training.get("optimizer") or {}

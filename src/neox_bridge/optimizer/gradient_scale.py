@@ -26,11 +26,11 @@ from neox_bridge.tensors.pieces import scaled
 Engine = Literal["sums", "averages"]
 
 CLIPPING = 1.0  # GPT-NeoX's default of gradient_clipping
-_WEIGHT_DECAY = 0.1  # and of weight_decay
-_EPS = 1e-8  # the default of apex's, DeepSpeed's and torch's Adam
+_WEIGHT_DECAY = 0.1  # GPT-NeoX's default of weight_decay
+_EPS = 1e-8  # the default in Adam of apex, DeepSpeed and torch
 
-# The power of k with which each state grows, by the optimizer's name in GPT-NeoX
-# (megatron/training.py, get_optimizer). No other optimizer's update stays the same.
+# The power of k by which each state is multiplied, by the name of the optimizer in GPT-NeoX
+# (megatron/training.py, get_optimizer). The updates of all other optimizers would change.
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 ADAMS = ("adam", "cpu_adam", "cpu_torch_adam")
 _POWERS: dict[str, dict[str, int]] = {**dict.fromkeys(ADAMS, _ADAM), "lion": {"exp_avg": 1}}
@@ -40,7 +40,7 @@ _POWERS: dict[str, dict[str, int]] = {**dict.fromkeys(ADAMS, _ADAM), "lion": {"e
 class Rescaling:
     """How an optimizer is rescaled for gradients of another scale.
 
-    factor: the new scale divided by the old one. powers: of the factor, by the states there are.
+    factor: the new scale divided by the old one. powers: of the factor, by state.
     decays: whether weight_decay is scaled, since it is added to the gradient (L2 mode).
     has_eps: whether the optimizer has an ``eps``. half: whether the run is in float16.
     """
@@ -202,10 +202,10 @@ def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
 def rescaling(
     optimizer: Optimizer, raw: Mapping[str, Any], factor: Fraction, dtype: str, way_out: str
 ) -> Rescaling:
-    """How this optimizer's run continues with gradients of another scale.
+    """Choose how the run continues with gradients of another scale.
 
-    factor: the new scale divided by the old one. dtype: in which the run computes. way_out: the
-    advice if no rescaling keeps the run the same, which raises Refused.
+    factor: the new scale divided by the old one. dtype: the dtype of the run. way_out: the advice
+    in the Refused that is raised if no rescaling keeps the run the same.
     """
     setting = raw.get("optimizer") or {}
     name = str(setting.get("type") or "adam").lower()
@@ -227,8 +227,8 @@ def rescaling(
 def _is_l2(optimizer: Optimizer, raw: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     """Whether Adam adds a weight decay to the gradient.
 
-    apex's and DeepSpeed's do with ``adam_w_mode`` or ``adamw_mode`` false, mup's MuAdam always
-    does; by default the decay is decoupled, in every GPT-NeoX since 2023.
+    Adam of apex and DeepSpeed does so if ``adam_w_mode`` or ``adamw_mode`` is false, mup's MuAdam
+    always. By default, every GPT-NeoX since 2023 uses decoupled decay.
     """
     if not any(group.settings.get("weight_decay") for group in optimizer.groups):
         return False
@@ -253,8 +253,8 @@ def gradient_findings(
 ) -> Iterator[Finding]:
     """Findings about assumptions on the engines, and about scaled values.
 
-    version: of the source's DeepSpeed. settings: the keys of the target's yml that are not the
-    source's, with their values.
+    version: the DeepSpeed of the source. settings: the keys of the target's yml that differ from
+    the source, with their values.
     """
     if not any(side.pipeline and side.accumulation > 1 for side in (before, after)):
         return

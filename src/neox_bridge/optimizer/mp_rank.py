@@ -18,9 +18,9 @@ _LAYER = re.compile(r"(?:sequential\.)?(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Sources:
-    """The source's mp_rank values by number, and how many tensor-parallel ranks they are of.
+    """The contents of the source's mp_rank files by number, and the number of its TP ranks.
 
-    generators: rank 0's state of each tracked generator, by name.
+    generators: the state of each tracked generator on rank 0, by name.
     """
 
     metas: Sequence[Mapping[str, Any]]
@@ -28,7 +28,7 @@ class Sources:
     generators: Mapping[str, bytes]
 
     def of(self, stage: int, rank: int) -> Mapping[str, Any]:
-        """The value that is closest to a stage and rank; rank 0 for missing ranks."""
+        """The content that is closest to a stage and rank; rank 0 for missing ranks."""
         stages = len(self.metas) // self.tp
         return self.metas[min(stage, stages - 1) * self.tp + (rank if rank < self.tp else 0)]
 
@@ -40,7 +40,7 @@ class Sources:
 def mp_rank(
     sources: Sources, stage: int, rank: int, new: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
-    """The value of one file and its tensors. new: values that differ from the source."""
+    """The content of one file, and its tensors. new: values that differ from the source."""
     tensors: list[OutputTensor] = []
     value = {**sources.of(stage, rank), **new}
     if value.get(INFO) is None:
@@ -58,7 +58,7 @@ def mp_rank(
 
 
 def with_slots(value: Any, name: str, tensors: list[OutputTensor]) -> Any:
-    """A value for writing, with its tensors replaced by slots and added to ``tensors``."""
+    """Prepare a value for writing: tensors are replaced by slots and added to ``tensors``."""
     if isinstance(value, TensorRef):
         tensors.append(OutputTensor(name, value.dtype, value.shape, (box(value),)))
         return TensorSlot(name)
@@ -74,7 +74,7 @@ def with_slots(value: Any, name: str, tensors: list[OutputTensor]) -> Any:
 
 
 def buffer_names(metas: Sequence[Mapping[str, Any]], layers: range, prefix: str) -> list[str]:
-    """The buffers that a stage of these layers stores; prefix: of its names."""
+    """The buffers that a stage with these layers stores. prefix: the prefix of their names."""
     named = {name for meta in metas for name in meta.get("buffer_names") or ()}
     buffers = [(int(m[1]), m[2]) for name in named if (m := _LAYER.fullmatch(name))]
     return [f"{prefix}{layer}.{name}" for layer, name in sorted(buffers) if layer in layers]

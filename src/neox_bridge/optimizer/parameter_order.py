@@ -36,11 +36,11 @@ def parameter_order(
     count: int,
     path: str,
 ) -> tuple[Groups, OrderSource]:
-    """The parameters of a model-parallel rank in the order of its flat groups, and its source.
+    """The parameters of a model-parallel rank in flat-group order, and the source of that order.
 
-    number: of the mp_rank file. count: of the groups that the optimizer states in ``path`` have.
-    recorded: the dictionaries that may hold ``param_shapes``, each with its file; the first one
-    that does counts.
+    number: the number of the mp_rank file. count: the number of groups in the optimizer states in
+    ``path``. recorded: the dictionaries that may contain ``param_shapes``, each with its file; the
+    first one that does is used.
     """
     for file, values in recorded:
         value = values.get("param_shapes")
@@ -62,7 +62,7 @@ def parameter_order(
 
 
 def source_bounds(checkpoint: Checkpoint) -> list[range]:
-    """The layers of each of the source's stages, or all of them in one."""
+    """The layers of each pipeline stage of the source; all layers in one without stages."""
     state = checkpoint.neox_state
     count = checkpoint.config.head_layer + 1
     if state.pp > count:
@@ -82,7 +82,7 @@ def source_bounds(checkpoint: Checkpoint) -> list[range]:
 
 
 def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
-    """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
+    """The parameters of a tensor-parallel rank in a stage, in order, with their local shapes."""
     used = {piece.source for whole in checkpoint.trained.values() for piece in whole.pieces}
     stored = checkpoint.neox_state.ranks[rank]
     return {
@@ -99,8 +99,8 @@ def divided(
 ) -> tuple[Mapping[_Name, Shape], ...]:
     """The parameters in the groups of GPT-NeoX: those with weight decay, then norms and biases.
 
-    GPT-NeoX makes one group of all parameters if ``weight_decay`` is 0. It keeps their order.
-    named: by DeepSpeed's name, or by layer and name. path: for the message.
+    GPT-NeoX makes one group of all parameters if ``weight_decay`` is 0. Their order does not
+    change. named: the parameters by DeepSpeed's name, or by layer and name. path: for the message.
     """
     if count == 1:
         return (named,)
@@ -117,8 +117,9 @@ def divided(
 def is_without_decay(parameter: str | Parameter) -> bool:
     """Whether GPT-NeoX exempts a parameter from weight decay.
 
-    Exempt are biases, what a norm's module holds, and what its module marks. Transformer Engine's
-    ``layer_norm_weight`` and ``fc1_bias`` are none of these, although they have one dimension.
+    It exempts biases, the parameters of norm modules, and parameters that their module marks. It
+    does not exempt Transformer Engine's ``layer_norm_weight`` and ``fc1_bias``, although they have
+    one dimension.
     """
     name = parameter if isinstance(parameter, str) else parameter[1]
     module, _, leaf = name.rpartition(".")
@@ -130,8 +131,8 @@ def is_without_decay(parameter: str | Parameter) -> bool:
 def dealt_out(named: Mapping[str, Shape], dp: int) -> Mapping[str, Shape]:
     """The parameters of a group in round-robin order over the ranks.
 
-    Parameter i belongs to rank i % dp, and the parameters of a rank lie one behind the other
-    (DeepSpeed 0.4.2 runtime/zero/stage2.py, _round_robin_reorder). named: in the model's order.
+    Parameter i belongs to rank i % dp, and the parameters of a rank are contiguous (DeepSpeed 0.4.2
+    runtime/zero/stage2.py, _round_robin_reorder). named: the parameters in the order of the model.
     """
     items = list(named.items())
     return dict(item for rank in range(dp) for item in items[rank::dp])

@@ -1,9 +1,9 @@
-"""Which of GPT-NeoX's layers each pipeline stage has, as DeepSpeed spreads them.
+"""Computes which layers of GPT-NeoX DeepSpeed puts into each pipeline stage.
 
 Source: deepspeed 0.16 runtime/pipe/module.py (_partition_layers, _find_layer_type),
 runtime/utils.py (partition_uniform, partition_balanced); GPT-NeoX megatron/model/gpt2_model.py
-(GPT2ModelPipe.init_specs), whose two functions around the blocks count as layers, and have
-"transformer" in their names too.
+(GPT2ModelPipe.init_specs). Its two functions before and after the blocks count as layers, and their
+names also contain "transformer".
 """
 
 import re
@@ -33,9 +33,9 @@ def stages_of(
     stages: int,
     shapes: Callable[[], Iterable[tuple[int, Shape]]],
 ) -> list[range]:
-    """The layers of each stage, or all of them in one.
+    """The layers of each stage; all layers in one without stages.
 
-    settings: the yml of the run. shapes: of a rank's parameters, each with its layer.
+    settings: the yml of the run. shapes: the shapes of a rank's parameters, by layer and name.
     """
     if stages < 2:
         return [range(config.head_layer + 1)]
@@ -52,7 +52,7 @@ def stages_of(
 
 
 def _block_classes(architecture: Architecture, layers: int) -> list[str]:
-    """The class of each block, by a tensor that only such blocks have."""
+    """Identify the class of each block by a tensor that only such blocks have."""
     classes = ["ParallelTransformerLayerPipe"] * layers
     for row in table_rows(architecture, layers):
         name = _CLASSES.get(row.weight.neox.partition(".")[0])
@@ -62,7 +62,7 @@ def _block_classes(architecture: Architecture, layers: int) -> list[str]:
 
 
 def holds(config: ModelConfig, layers: range, layer: int) -> bool:
-    """Whether a stage of these layers has a layer's parameters: a tied head is the embeddings."""
+    """Whether a stage with these layers holds this layer's parameters. A tied head is layer 0."""
     has_tied_head = config.tied_embeddings and config.head_layer in layers
     return layer in layers or (has_tied_head and layer == 0)
 
@@ -75,8 +75,8 @@ def stage_bounds(
     Args:
         method: pipe_partition_method of the yml.
         blocks: The class of each block.
-        stages: At most the number of GPT-NeoX's layers, which is that of the blocks + 5.
-        parameters: A rank's elements in each layer.
+        stages: At most the number of layers in GPT-NeoX, which is the number of blocks + 5.
+        parameters: The number of elements of a rank in each layer.
         tied: Whether the head is the embeddings.
 
     Raises:
@@ -112,7 +112,7 @@ def _uniform(items: int, parts: int) -> list[int]:
 
 
 def _balanced(weights: Sequence[int], parts: int) -> list[int]:
-    """The cut with the smallest gap between largest and smallest part; of equal ones the last."""
+    """The split with the smallest gap between largest and smallest part; on a tie, the last."""
     items, infinite = len(weights), float("inf")
     if items <= parts:
         return _uniform(items, parts)

@@ -37,24 +37,24 @@ BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
 INTERVALS = "num_comm_intervals_per_group"
 RANKS = "partition_count"
-# by the rank's parts; older forms say more of them
+# by the parts of the rank; older formats describe them in more detail
 _OF_PARTS = (BASE, PARTITIONS.masters, "param_slice_mappings")
 _OF_OLD_PARTS = (*_OF_PARTS, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, "group_paddings")
 _NOT_OUTER = ("optimizer_state_dict", "param_shapes")
 _MOST_GROUPS = 64
 _MOST_INTERVALS = 1 << 16
-_LEAST_PART_BYTES = 128  # of a file for each part: its pickle describes at least three tensors
+_LEAST_PART_BYTES = 128  # of the file per part, because its pickle describes at least three tensors
 
 
 @dataclass(frozen=True)
 class RankStates:
-    """One data-parallel rank's states on one model-parallel rank.
+    """The states of one data-parallel rank on one model-parallel rank.
 
-    parts: by group, by communication interval: the states by name, the masters first. All are of
-        one dimension. In the current form each may have padding at its end, in others all or none.
-    scalars: by group, what the states have beside tensors.
+    parts: the states by name, masters first, by group and communication interval. All have one
+        dimension. In the current format, each may end with padding; in others, all or none do.
+    scalars: the non-tensor values of the states, by group.
     settings: ``param_groups`` without their parameters; None for elastic states, which have none.
-    head: the rest of ``optimizer_state_dict``. outer: what stands beside it in the file.
+    head: the rest of ``optimizer_state_dict``. outer: the other keys of the file.
     """
 
     path: str
@@ -78,7 +78,7 @@ def is_current(kind: StatesKind, generation: ZeroGeneration) -> bool:
 
 
 def generation_of(inner: Mapping[str, Any]) -> ZeroGeneration:
-    """Which versions of DeepSpeed save an ``optimizer_state_dict`` like this one."""
+    """The versions of DeepSpeed that save an ``optimizer_state_dict`` like this one."""
     if SUB_PARTITIONS.masters in inner:
         return SUB_PARTITIONS
     release = release_of(inner.get("ds_version"))
@@ -98,10 +98,10 @@ def interval_counts(inner: Mapping[str, Any], path: str) -> tuple[int, ...]:
 
 
 def zero_stage(value: Mapping[str, Any], raw: Mapping[str, Any], path: str) -> int:
-    """ZeRO's stage of a file of states.
+    """The ZeRO stage of a state file.
 
-    Before DeepSpeed 0.7.0 the file of a stage 1 run may say 2, as a plain number, so there the
-    settings count. raw: the merged yml.
+    Before DeepSpeed 0.7.0, the file of a stage 1 run may contain 2, as a plain number. For such
+    files, the settings decide. raw: the merged yml.
     """
     inner = value["optimizer_state_dict"]
     if generation_of(inner) is SUB_PARTITIONS:
@@ -117,10 +117,10 @@ def zero_stage(value: Mapping[str, Any], raw: Mapping[str, Any], path: str) -> i
 
 
 def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
-    """The states of one DeepSpeed file, whose value has an ``optimizer_state_dict``.
+    """Parse the content of one DeepSpeed file, which has an ``optimizer_state_dict``.
 
-    dp: how many data-parallel ranks saved them. Raises BridgeError for values that DeepSpeed does
-    not write there, and Refused for those of an optimizer that is not like Adam.
+    dp: the number of data-parallel ranks that saved them. Raises BridgeError for values that
+    DeepSpeed does not write there, and Refused for an optimizer that is not like Adam.
     """
     inner: Mapping[str, Any] = value["optimizer_state_dict"]
     generation = generation_of(inner)
@@ -148,7 +148,7 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
             group_parts.append(tensors)
             group_scalars = others
         parts.append(tuple(group_parts))
-        # later elastic states keep the step in one place
+        # later versions store the step of elastic states once
         step = count(inner, STEP, path)
         scalars.append(({} if step is None else {"step": step}) | (group_scalars or {}))
     return RankStates(
@@ -287,7 +287,7 @@ def _split(
 ) -> tuple[dict[str, TensorRef], dict[str, Any]]:
     """The tensors of a part and its other values.
 
-    padded: whether tensors may be larger than the masters; otherwise they all have one size.
+    padded: whether tensors may be larger than the masters; otherwise all sizes are equal.
     """
     tensors, others = {MASTER: master}, {}
     least = max(2, prod(master.shape)) if padded else 0  # smaller tensors are scalars

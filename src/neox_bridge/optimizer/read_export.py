@@ -53,7 +53,7 @@ def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def read_export(folder: str, checkpoint: Checkpoint) -> dict[str, dict[str, Whole]]:
-    """The states of an export by name, each with the tensors of this very model.
+    """Read the states of an export by name, and check them against the tensors of this model.
 
     Raises BridgeError if a tensor is missing or has another shape.
     """
@@ -121,7 +121,7 @@ def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
 
 
 def number_in(entry: Any) -> Any:
-    """A scalar as Python has it."""
+    """A scalar as a Python number."""
     if not isinstance(entry, Scalar):
         return entry
     import numpy as np

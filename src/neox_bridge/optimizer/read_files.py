@@ -86,9 +86,9 @@ def _meta(path: str) -> Mapping[str, Any]:
 
 
 def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
-    """Read a ZeRO file, which has an ``optimizer_state_dict``. Raises BridgeError for other files.
+    """Read a ZeRO file. Raises BridgeError for a file without an ``optimizer_state_dict``.
 
-    until: the key behind it at which reading stops, see ``pickles.load``.
+    until: the later key at which reading stops; see ``pickles.load``.
     """
     value = read_torch(path, until=until)
     inner = value.get("optimizer_state_dict") if isinstance(value, dict) else None
@@ -103,7 +103,7 @@ def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
 
 
 def scalar(entry: Any) -> Any:
-    """A state without the size of its parameter: a number, or a small tensor as bytes."""
+    """A state whose size is not that of its parameter: a number, or a small tensor as bytes."""
     if not isinstance(entry, TensorRef):
         return entry
     if entry.nbytes > _SCALAR_BYTES:
@@ -126,7 +126,7 @@ def same_group(first: Group, second: Group, path: str) -> None:
 
 
 def stage_of(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
-    """ZeRO's stage. DeepSpeed before 0.7.0 recorded 2 for stage 1 too, as a plain number."""
+    """The ZeRO stage. DeepSpeed before 0.7.0 also recorded stage 1 as 2, as a plain number."""
     recorded = head.get("zero_stage")
     if isinstance(recorded, Record) and recorded.args and isinstance(recorded.args[0], int):
         return recorded.args[0]

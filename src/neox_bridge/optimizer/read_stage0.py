@@ -1,7 +1,7 @@
 """Reads the optimizer of ZeRO stage 0 from the mp_rank files, which have no parameter names.
 
-fp32: torch's own state dict, a state a parameter. fp16: deepspeed 0.16
-runtime/fp16/fused_optimizer.py, FP16_Optimizer, a flat tensor a group, without padding.
+fp32: torch's state dict, with the states of each parameter. fp16: deepspeed 0.16
+runtime/fp16/fused_optimizer.py, FP16_Optimizer, with one flat tensor per group, without padding.
 The order of parameters is that of GPT-NeoX's modules.
 """
 
@@ -33,7 +33,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 def read_stage0(
     checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
 ) -> Optimizer:
-    """The states of a stage 0 source. Raises BridgeError if they do not match the model."""
+    """Read the states of a stage 0 source. Raises BridgeError if they do not match the model."""
     state = checkpoint.neox_state
     members: dict[Parameter, int] = {}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
@@ -96,7 +96,7 @@ def _plain(
     shards: dict[tuple[int, Parameter], dict[str, Whole]],
     path: str,
 ) -> dict[str, Any]:
-    """Fills ``shards`` from states of their own; returns what else the group's states have."""
+    """Fill ``shards`` from per-parameter states; return the other states of the group."""
     numbers = numbers_of(state["param_groups"][index], index, path)
     if len(numbers) != len(group_shapes):
         raise BridgeError(
@@ -116,7 +116,7 @@ def _plain(
                     )
                 shards.setdefault((rank, place), {})[key] = whole_of(entry)
             else:
-                # DeepSpeed's FusedAdam counts the steps at a group's last parameter alone
+                # DeepSpeed's FusedAdam counts the steps only at the last parameter of a group
                 scalars[key] = scalar(entry)
     return scalars
 
@@ -129,7 +129,7 @@ def _flat(
     shards: dict[tuple[int, Parameter], dict[str, Whole]],
     path: str,
 ) -> dict[str, Any]:
-    """The same from flat tensors, the masters among them."""
+    """The same from flat tensors, including the masters."""
     flat = Flat({f"{layer}.{name}": shape for (layer, name), shape in group_shapes.items()}, 1)
     masters = sequence(value, "fp32_groups_flat", path)
     if index >= len(masters):

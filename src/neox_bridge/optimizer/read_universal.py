@@ -21,7 +21,7 @@ from neox_bridge.tensors.pieces import Whole, whole_of
 def read_universal(
     checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
 ) -> Optimizer:
-    """The states of a universal source. Raises BridgeError if they do not match the model."""
+    """Read the states of a universal source. Raises BridgeError if they do not match the model."""
     state = checkpoint.neox_state
     path = os.path.join(folder, ZERO, STATE)
     state_file = read_torch(path)
@@ -75,7 +75,7 @@ def read_universal(
 
 
 def _keys(folder: str, name: str) -> tuple[str, ...]:
-    """A parameter's states: the masters first."""
+    """The states of a parameter, masters first."""
     files = list_folder(os.path.join(folder, ZERO, name))
     keys = sorted(file[:-3] for file in files if file.endswith(".pt"))
     return (MASTER, *(key for key in keys if key not in ("fp32", STEP)))

@@ -1,7 +1,7 @@
 """Reads optimizer states of ZeRO stages 1 and 2, in every format that DeepSpeed has used.
 
-Beside the current form these are what DeeperSpeed 0.3.15 wrote for GPT-NeoX until v1.0, DeepSpeed
-0.3.17 to 0.5.9, and later versions with zero_optimization.elastic_checkpoint: true.
+Besides the current format, these are the formats of DeeperSpeed 0.3.15 (GPT-NeoX until v1.0), of
+DeepSpeed 0.3.17 to 0.5.9, and of later versions with zero_optimization.elastic_checkpoint: true.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,11 @@ _SHAPES = "param_shapes"
 
 
 def _read_ranks(paths: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The files of one model-parallel rank's data-parallel ranks, with their paths.
+    """Read the files of all data-parallel ranks of one model-parallel rank, with their paths.
 
-    Each holds the names and shapes of all parameters behind the states, which takes twenty times as
-    long to read as the states. Where nothing else stands there they are read of the first only.
+    Each file repeats the names and shapes of all parameters after the states. Reading them takes
+    twenty times as long as reading the states, so if nothing else follows, they are read only from
+    the first file.
     """
     started = ahead(paths)
     first = next(started)
@@ -50,11 +51,11 @@ def read_zero(
     metas: tuple[Mapping[str, Any], ...],
     files: Sequence[Sequence[str]],
 ) -> Optimizer:
-    """The states of every parameter.
+    """Read the states of every parameter.
 
-    metas: the values of the mp_rank files by their number. files: the files of optimizer states by
-    that number, then by data-parallel rank. Raises BridgeError for files that are not of this model
-    or of one save, and Refused for states of a kind that cannot be read.
+    metas: the contents of the mp_rank files by number. files: the files of optimizer states by that
+    number, then by data-parallel rank. Raises BridgeError for files that are not of this model or
+    of one save, and Refused for states of a kind that cannot be read.
     """
     state = checkpoint.neox_state
     members: dict[Parameter, int] = {}
@@ -79,7 +80,7 @@ def read_zero(
         count = len(ranks[0].parts)
         order, source = parameter_order(checkpoint, number, recorded, count, paths[0])
         if first.is_current and source != "groups":
-            # DeepSpeed 0.5.4 to 0.5.10 kept param_shapes beside the states (dd0c8fa7, 135a6256)
+            # DeepSpeed 0.5.4 to 0.5.10 stored param_shapes with the states (dd0c8fa7, 135a6256)
             raise Refused(
                 f"{paths[0]} and {rank_file(number)} beside it contain no list param_shapes, so "
                 "the flat partitions cannot be split into parameters. DeepSpeed has saved this "
@@ -114,7 +115,8 @@ def read_zero(
             for key, refs in parts.items():
                 for name, tensor in wholes_of(shapes, refs).items():
                     place = parameter(name, paths[0])
-                    # tied embeddings are in the first and the last stage, kept alike by DeepSpeed
+                    # tied embeddings are in the first and the last stage, and DeepSpeed keeps them
+                    # equal
                     shards.setdefault((number % state.tp, place), {}).setdefault(key, tensor)
                     members[place] = list(groups).index(label)
     assert first is not None
@@ -144,7 +146,7 @@ def read_zero(
 
 
 def _is_dealt_out(states: RankStates) -> bool:
-    """Whether the parameters of a group lie in round-robin order; param_shapes do not say so."""
+    """Whether the parameters of a group are in round-robin order, which param_shapes omits."""
     older = states.generation.form == "partitions" and not states.is_current
     return older and deals_out_parameters(text(states.head, "ds_version"))
 
@@ -152,7 +154,7 @@ def _is_dealt_out(states: RankStates) -> bool:
 def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) -> None:
     """Raise BridgeError if the files of two ranks cannot be from one save.
 
-    begin: of the first data-parallel rank on the same model-parallel rank.
+    begin: the file of the first data-parallel rank on the same model-parallel rank.
     """
     same = (first.kind, first.generation) == (other.kind, other.generation)
     if not same or len(begin.parts) != len(other.parts):
@@ -165,7 +167,7 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
 
 
 def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int, path: str) -> None:
-    """Check the recorded places of parameters in a partition."""
+    """Check the recorded positions of parameters in a partition."""
     mappings = value["optimizer_state_dict"].get("param_slice_mappings")
     if not isinstance(mappings, list) or index >= len(mappings):
         return
@@ -201,7 +203,7 @@ def _check_names(order: Groups, path: str) -> None:
 def _refuse_round_robin(
     raw: Mapping[str, Any], recorded: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> None:
-    """Raise Refused where DeepSpeed shuffled the parameters of a group over its partitions."""
+    """Raise Refused if DeepSpeed shuffled the parameters of a group over its partitions."""
     configs = [(file, mapping(values, "ds_config", file)) for file, values in recorded]
     for file, config in (*configs, ("the yml", raw)):
         if mapping(config, "zero_optimization", file).get("round_robin_gradients"):

@@ -1,8 +1,8 @@
 """Reads optimizer states of ZeRO stage 3; see ``layouts.zero3``.
 
-Source: deepspeed 0.16 runtime/zero/stage3.py, _rigid_state_dict. Each sub-group of parameters has a
-number, which is its place in ``fp32_flat_groups`` and in ``param_shapes``, and the number of its
-states in torch's state dict.
+Source: deepspeed 0.16 runtime/zero/stage3.py, _rigid_state_dict. The number of a sub-group of
+parameters is its index in ``fp32_flat_groups`` and in ``param_shapes``, and the key of its states
+in torch's state dict.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ RANKS = "partition_count"
 
 
 def read_zero3_states(checkpoint: Checkpoint, folder: str) -> Optimizer:
-    """The states of every parameter.
+    """Read the states of every parameter.
 
     Raises BridgeError for files that are not of this model or of one save, and Refused for states
     of a kind that cannot be read.

@@ -1,4 +1,4 @@
-"""Plans the checkpoint of a run for other ranks, with everything needed to resume."""
+"""Plans a checkpoint for another number of ranks, with everything needed to resume."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -77,8 +77,8 @@ def plan_reshard(
 ) -> Plan:
     """Plan every file of the target. path: its absolute path, which the yml contains.
 
-    given: states to use instead of those of the source, by state and Hugging Face name. Raises
-    Refused if the model or the batch does not fit these ranks.
+    given: states that replace those of the source, by state and Hugging Face name. Raises Refused
+    if the model or the batch cannot be split over these ranks.
     """
     checkpoint = decide_head(checkpoint, None)
     state = checkpoint.neox_state
@@ -175,10 +175,10 @@ def plan_reshard(
 def _groups(
     optimizer: Optimizer, target: Target, model: NeoxModel, moved: States
 ) -> dict[int, list[RankGroup]]:
-    """What each model-parallel rank has of each parameter group."""
+    """The part of each parameter group that each model-parallel rank holds."""
     rank_groups = {}
     plain = replace(model, config=replace(model.config, dtype="float32"))
-    # the moments of a bias that ranks sum are equal on every rank
+    # if ranks sum a bias, its moments are equal on every rank
     alike = replace(model.layout, row_bias="replicated")
     models = {
         key: replace(plain, wholes=wholes, layout=model.layout if key == MASTER else alike)
@@ -198,7 +198,7 @@ def _rank_groups(
     layers: range,
     by_state: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> Iterator[RankGroup]:
-    """The groups that have parameters in these layers, which may be none in a stage."""
+    """The groups that have parameters in these layers; a stage may have none."""
     order = _of_layers(optimizer, target, layers)
     for index, group in enumerate(optimizer.groups):
         members = [p for p in order if optimizer.members[p] == index]
@@ -243,14 +243,14 @@ def _changed(target: Target) -> dict[str, Any]:
 
 
 def _output_layer(target: Target) -> dict[str, Any]:
-    """How the output layer is divided over ranks, where GPT-NeoX would take it otherwise."""
+    """How the output layer is split over ranks, if GPT-NeoX would assume another split."""
     division = target.settings.raw.get(OUTPUT_LAYER)
     stays = division == COLUMN or (division is None and not target.layout.predates_deepspeed_06)
     return {} if stays else {OUTPUT_LAYER: COLUMN}
 
 
 def _zero(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """ZeRO's settings without elastic_checkpoint, whose default is how the states are written."""
+    """The ZeRO settings without elastic_checkpoint, because the states have its default format."""
     zero = dict(settings.get("zero_optimization") or {})
     zero.pop(_ELASTIC, None)
     return zero
@@ -312,7 +312,7 @@ def _args(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
 def _buffer_names(
     checkpoint: Checkpoint, sources: Sources, target: Target, stage: int
 ) -> list[str]:
-    """The buffers in a stage's weights: the source's, and inv_freq where the target stores it."""
+    """The buffers in the weights of a stage: those of the source, and inv_freq if stored there."""
     state, layers = checkpoint.neox_state, target.bounds[stage]
     names = buffer_names(sources.metas, layers, target.prefix)
     if target.layout.inv_freq == state.inv_freq:
@@ -361,7 +361,7 @@ def _optimizer_files(
 
 
 def _saved_groups(target: Target, groups: Sequence[RankGroup]) -> Sequence[RankGroup]:
-    """The groups as their states are saved: at stage 3 cut into sub-groups."""
+    """The groups as their states are saved; stage 3 splits them into sub-groups."""
     if target.zero != 3:
         return groups
     return sub_groups(groups, target.dp, target.settings.raw)
@@ -374,7 +374,7 @@ def _stage_3_files(
     groups: Mapping[int, list[RankGroup]],
     metadata: Metadata,
 ) -> list[OutputFile]:
-    """The model files, and those of the optimizer states."""
+    """The model files and the optimizer state files."""
     return [
         *zero3_model_files(target.step, model, target.dp, metadata),
         *_optimizer_files(optimizer, target, groups),
@@ -382,7 +382,7 @@ def _stage_3_files(
 
 
 def target_yml(target: Target) -> dict[str, Any]:
-    """The target's settings, as its configs have them."""
+    """The settings of the target, as in its configs."""
     return {**target.settings.raw, **_changed(target)}
 
 
@@ -416,7 +416,7 @@ def target_states(
     asked: Resharding,
     given: States | None = None,
 ) -> tuple[Optimizer, States | None]:
-    """What the target should hold, to check it: the optimizer, and states not as the source's."""
+    """The expected content of the target: the optimizer, and states that differ from the source."""
     checkpoint, _ = with_own_defaults(checkpoint, writer_version(optimizer) or "", asked.era)
     optimizer, given, _ = _with_target(checkpoint, optimizer, asked, given)
     return optimizer, given

@@ -35,9 +35,10 @@ from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
 class Target:
     """The resolved target.
 
-    config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
-    had. rescaling: how the optimizer continues with gradients of another scale; None if the
-    scale is the same. settings: the run's yml for the target's trees. findings: on its gradients.
+    config: with the vocabulary rows of the target. step: its folder. source: the batch of the
+    source. rescaling: how the optimizer continues with gradients of another scale; None if the
+    scale is the same. settings: the run's yml for the GPT-NeoX versions of the target. findings:
+    about its gradients.
     """
 
     layout: RankLayout
@@ -56,7 +57,7 @@ class Target:
 
     @property
     def prefix(self) -> str:
-        """What precedes the layer's number in DeepSpeed's names."""
+        """The prefix of the layer number in DeepSpeed's names."""
         return "" if self.layout.name == "layers" else "sequential."
 
 
@@ -65,7 +66,7 @@ def choose_target(
 ) -> Target:
     """Resolve the target. Raises Refused if the model or DeepSpeed does not support it.
 
-    optimizer: in the form that the target has. version: of the DeepSpeed that wrote the source.
+    optimizer: in the format of the target. version: the DeepSpeed that wrote the source.
     """
     state, raw = checkpoint.neox_state, checkpoint.raw
     options = Options(
@@ -127,7 +128,7 @@ def choose_target(
 
 
 def _check_stage_2(layout: RankLayout) -> None:
-    """Raise Refused if no GPT-NeoX of the target's names trains such a run at stage 2."""
+    """Raise Refused if no GPT-NeoX with the target's tensor names trains such a run at stage 2."""
     if layout.tp > 1 and not layout.old_names:
         raise Refused(
             "GPT-NeoX since 2024-09 exits at ZeRO stage 2 with more than one tensor-parallel rank "
@@ -136,7 +137,7 @@ def _check_stage_2(layout: RankLayout) -> None:
 
 
 def _check_names(checkpoint: Checkpoint, zero: int, *, universal: bool) -> None:
-    """Raise Refused if the target would not name all tensors that its reader needs."""
+    """Raise Refused if a tensor that the reader needs would have no name in the target."""
     architecture = checkpoint.architecture
     if architecture.shared and (universal or zero == 3):
         what = "`universal=True`" if universal else "`zero=3`"
@@ -156,7 +157,7 @@ def _check_stage_3(layout: RankLayout) -> None:
     """Raise Refused if no GPT-NeoX trains such a run at stage 3."""
     if layout.predates_deepspeed_06:
         raise Refused("GPT-NeoX v1.0 does not support ZeRO stage 3. Use `zero=1`.")
-    # the trees before zero.Init, which partitions over all ranks, stored the buffer
+    # versions before zero.Init, which partitions over all ranks, stored the buffer
     if layout.tp > 1 and not (layout.old_names and layout.inv_freq == "store"):
         raise Refused(
             "GPT-NeoX since 2024-03-19 does not train at ZeRO stage 3 with more than one "
@@ -175,7 +176,7 @@ def check_row_bias(
 ) -> None:
     """Raise UsageError if ``row_bias`` has no effect.
 
-    given: states that replace those of the source. tp: of the target, by default the source's.
+    given: states that replace those of the source. tp: of the target, by default as in the source.
     """
     ranks = tp or checkpoint.neox_state.tp
     names = [row.hf for row in checkpoint.rows if row.weight.split == "row_bias"]
@@ -225,7 +226,7 @@ def _sides(
 
 
 def _way_out(share: int, accumulation: int | None) -> str:
-    """How the gradients keep their scale. share: sequences of a rank's step."""
+    """The advice on how the gradients keep their scale. share: sequences per rank and step."""
     if accumulation and share % accumulation == 0:
         return (
             f"`micro_batch={share // accumulation}` keeps gradient_accumulation_steps "

@@ -30,10 +30,10 @@ from neox_bridge.optimizer.states import SavedForm
 class SavedStates:
     """The files of ZeRO's optimizer states of a checkpoint.
 
-    form: how they hold the states; None where the first file holds no masters in a known form.
-    stage: ZeRO's. version: of DeepSpeed, "" where they name none.
-    resumption: what resumes them; None where the form is not known.
-    incomplete: what is missing of the files, or left over among them; "" where they are whole.
+    form: the format of the states; None if the first file has no masters in a known format. stage:
+    the ZeRO stage. version: of DeepSpeed; "" if not recorded. resumption: the versions that can
+    resume them; None if the format is unknown. incomplete: a description of missing or surplus
+    files; "" if the files are complete.
     """
 
     form: SavedForm | None
@@ -44,24 +44,24 @@ class SavedStates:
 
     @property
     def refusal(self) -> str:
-        """The error of the DeepSpeed of today's GPT-NeoX; "" if it can resume them."""
+        """The error of the DeepSpeed of the current GPT-NeoX; "" if it can resume them."""
         if self.resumption is not None:
             return self.resumption.refusal
         return "" if self.version else NO_VERSION
 
 
 def reshard_command(path: str, options: Sequence[str] = (), era: str = "today") -> str:
-    """The command that writes these states for another GPT-NeoX, in a folder beside them.
+    """The command that writes these states for another GPT-NeoX, in a sibling folder.
 
-    options: those that open the checkpoint again, as of ``config_options``. era: as ``--for`` takes
-        it.
+    options: those that open the checkpoint again, see ``config_options``.
+    era: a value of ``--for``.
     """
     words = ["neox-bridge", "reshard", path, new_folder(path, "resharded"), "--for", era]
     return shlex.join([*words, *options])
 
 
 def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
-    """What kind the states are; None without files of their own, and for universal checkpoints.
+    """The kind of states; None without separate files, and for universal checkpoints.
 
     Raises:
         BridgeError: the first file cannot be read.
@@ -90,7 +90,7 @@ def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
 
 
 def _incomplete(state: NeoxState) -> str:
-    """What is wrong with the files of the states, by their names alone; "" for nothing."""
+    """What is wrong with the state files, judged by their names; "" if nothing is."""
     try:
         refuse_missing_ranks(state)
         rank_files(state.folder, state.optimizer, state.dp, state.tp * max(1, state.pp))

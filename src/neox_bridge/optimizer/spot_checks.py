@@ -28,7 +28,7 @@ _END_ELEMENTS = 8  # elements at the start of a parameter, and at its end
 _PADDING_ELEMENTS = 64  # elements at the start of each run of padding, and at the end of the last
 
 
-# the place of a weight, and some elements of it and of its master weight
+# the location of a weight, and some elements of it and of its master weight
 _Pair = tuple[Place, TensorRef, TensorRef]
 
 
@@ -118,7 +118,7 @@ def _differing(pairs: Sequence[_Pair]) -> Iterator[Place]:
 
 
 def _read(refs: Iterable[TensorRef]) -> Iterator[tuple[TensorRef, "Array"]]:
-    """The values of small tensors, read in the order in which they lie in their files."""
+    """The values of small tensors, read in file order."""
     by_file: dict[str, list[TensorRef]] = {}
     for ref in sorted(refs, key=lambda ref: (ref.file, ref.offset)):
         by_file.setdefault(ref.file, []).append(ref)

@@ -1,10 +1,11 @@
 """The optimizer states of a GPT-NeoX checkpoint, by parameter and rank.
 
-DeepSpeed 0.16 has four wrappers with different formats: "zero", DeepSpeedZeroOptimizer of ZeRO
-stages 1 and 2 (runtime/zero/stage_1_and_2.py); "bf16", BF16_Optimizer (runtime/bf16_optimizer.py);
-"fp16", FP16_Optimizer of stage 0 (runtime/fp16/fused_optimizer.py); "plain", none, for fp32 of
-stage 0. The first two have files of their own, one for each data-parallel rank; the others lie in
-the mp_rank files. runtime/engine.py, _do_optimizer_sanity_check, chooses.
+DeepSpeed 0.16 has four optimizer wrappers with different formats: "zero", DeepSpeedZeroOptimizer of
+ZeRO stages 1 and 2 (runtime/zero/stage_1_and_2.py); "bf16", BF16_Optimizer
+(runtime/bf16_optimizer.py); "fp16", FP16_Optimizer of stage 0 (runtime/fp16/fused_optimizer.py);
+"plain", no wrapper, for fp32 of stage 0. The first two have separate files, one for each
+data-parallel rank; the others are stored in the mp_rank files. runtime/engine.py,
+_do_optimizer_sanity_check, chooses.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ from neox_bridge.tensors.flat import in_place_of
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-STATE_OF = ": "  # between the name of a state and the tensor's, where both make one name
-DEEPSPEED = "0.16.5"  # whose files are written; it refuses what has no version
+STATE_OF = ": "  # between state name and tensor name in a combined name
+DEEPSPEED = "0.16.5"  # whose format is written; it refuses files without a version
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
 States = Mapping[str, Mapping[str, Whole]]  # by state and Hugging Face name
 Place = tuple[int, Parameter]  # a tensor-parallel rank, and a parameter there
@@ -38,10 +39,10 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Group:
-    """One of the optimizer's parameter groups.
+    """A parameter group of the optimizer.
 
-    settings: its hyperparameters, as torch's param_groups has them, without the parameters.
-    scalars: what its state has beside the tensors of a parameter's size: Python's or ``Scalar``.
+    settings: its hyperparameters, as in torch's param_groups, without the parameters. scalars: the
+    values of its state that do not have the size of a parameter: Python values or ``Scalar``.
     """
 
     settings: Mapping[str, Any]
@@ -50,9 +51,9 @@ class Group:
 
 @dataclass(frozen=True)
 class SavedForm:
-    """In which form files of ZeRO stage 1 or 2 hold an optimizer's states.
+    """The format of the optimizer states in files of ZeRO stage 1 or 2.
 
-    kind: "elastic" or "rigid". generation: the versions of DeepSpeed that save this form.
+    kind: "elastic" or "rigid". generation: the versions of DeepSpeed that save this format.
     dp: the data-parallel ranks that saved it. intervals: communication intervals of each group, on
     the first model-parallel rank.
     """
@@ -78,18 +79,18 @@ class Derived:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Every state of every parameter, in its place.
+    """Every state of every parameter, as references.
 
-    stage: ZeRO's. dp: data-parallel ranks. keys: the states of a parameter, in their order.
-    groups: those that any rank has. members: which group a parameter is of.
-    shards: what a tensor-parallel rank holds of a parameter, by state.
-    head: the optimizer's own dictionary without what is here by parameter.
-    metas: the mp_rank files' values by their number, stage x TP + rank.
-    generators: the states of the generators that differ by tensor-parallel rank, rank 0's, by name.
-    files: absolute paths of those that hold nothing but optimizer states.
-    form: how files of ZeRO stages 1 and 2 hold the states; None for all others.
-    derived: the settings of ``groups`` that no file holds, and derived_findings: that they were
-    derived. findings: what is in doubt of the states' values.
+    stage: the ZeRO stage. dp: data-parallel ranks. keys: the states of a parameter, in order.
+    groups: those of all ranks. members: the group of each parameter.
+    shards: the part of a parameter on a tensor-parallel rank, by state.
+    head: the dictionary of the optimizer without the entries per parameter.
+    metas: the contents of the mp_rank files by number, stage x TP + rank.
+    generators: the states on rank 0 of the generators that differ by tensor-parallel rank, by name.
+    files: absolute paths of the files that contain only optimizer states.
+    form: the format of the states at ZeRO stages 1 and 2; None for all others.
+    derived: the settings of ``groups`` that no file contains. derived_findings: the findings about
+    them. findings: doubts about the values of the states.
     """
 
     wrapper: Wrapper
@@ -120,7 +121,7 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[Place, TensorRef]:
 
 
 def stored_wholes(checkpoint: Checkpoint) -> Mapping[str, Whole]:
-    """The model's tensors as wholes of ``stored_tensors``."""
+    """The model's tensors, assembled from ``stored_tensors``."""
     state = checkpoint.neox_state
     return {n: state.stored_wholes.get(n, whole) for n, whole in checkpoint.trained.items()}
 
@@ -141,11 +142,11 @@ def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, 
 
 
 def loss_scaler(state: Mapping[str, Any], *, dynamic: bool) -> Record:
-    """DeepSpeed's object for a loss scale (runtime/fp16/loss_scaler.py)."""
+    """DeepSpeed's loss scaler object (runtime/fp16/loss_scaler.py)."""
     name = "DynamicLossScaler" if dynamic else "LossScaler"
     return Record(Global("deepspeed.runtime.fp16.loss_scaler", name), state=dict(state), new=True)
 
 
 def tensor_of(name: str) -> str:
-    """The tensor that an optimizer's state is of; any other name is its own."""
+    """The name of the tensor that an optimizer state belongs to. Other names are unchanged."""
     return name.rpartition(STATE_OF)[2]

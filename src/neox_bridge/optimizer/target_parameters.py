@@ -12,11 +12,11 @@ from neox_bridge.planning.neox_files import RankLayout, parameter_rows
 def with_target_names(
     checkpoint: Checkpoint, optimizer: Optimizer, layout: RankLayout
 ) -> Optimizer:
-    """The optimizer with its parameters as the target names them and orders them in flat groups.
+    """The optimizer with parameters that have the names and the flat-group order of the target.
 
-    Trees before neox-mlp-names name the layers of the MLP otherwise, and hold the two halves of
-    a gated MLP as two parameters, so a parameter of one side may belong to two of the other. Both
-    are in one parameter group.
+    Versions before neox-mlp-names have other names for the layers of the MLP, and store the two
+    halves of a gated MLP as two parameters. So one parameter of one side may correspond to two of
+    the other. Both are in one parameter group.
     """
     state = checkpoint.neox_state
     stored = {(layer, name): None for layer, names in state.ranks[0].items() for name in names}

@@ -33,16 +33,16 @@ from neox_bridge.tensors.fragments import Parts, put
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
-_SINCE_09 = ("dynamic", "dtype")  # fields of loss scalers that DeeperSpeed 0.3.15 has not
+_SINCE_09 = ("dynamic", "dtype")  # fields of loss scalers that are missing in DeeperSpeed 0.3.15
 _SIZE = Global("torch", "Size")
 _GPU_STATES = ("cuda_rng_state", "rng_tracker_states.", "model-parallel-rng")
 
 
 @dataclass(frozen=True)
 class SubPartitions(Flat):
-    """One flat group, cut into communication intervals, and each of them over the ranks.
+    """A flat group, split into communication intervals, each of which is split over the ranks.
 
-    Part interval x dp + rank of the group is the rank's in that interval.
+    Part interval x dp + rank of the group belongs to that rank in that interval.
 
     Attributes:
         bucket: ``reduce_bucket_size``, in elements.
@@ -52,12 +52,12 @@ class SubPartitions(Flat):
 
     @property
     def intervals(self) -> int:
-        """How many communication intervals there are."""
+        """The number of communication intervals."""
         return self._cut[0]
 
     @cached_property
     def partition(self) -> int:
-        """Elements of a part, padding included."""
+        """The number of elements of a part, including padding."""
         return self._cut[1]
 
     @cached_property
@@ -82,14 +82,14 @@ class SubPartitions(Flat):
 
 
 def is_v1(optimizer: Optimizer) -> bool:
-    """Whether the files of an optimizer are GPT-NeoX v1.0's."""
+    """Whether the files of an optimizer have the format of GPT-NeoX v1.0."""
     return optimizer.form is not None and optimizer.form.generation is SUB_PARTITIONS
 
 
 def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) -> None:
     """Raise Refused for a run that GPT-NeoX v1.0 cannot resume, or that cannot be written.
 
-    stage: ZeRO's in the target, whose files are those of the optimizer for 1 and for 2.
+    stage: the ZeRO stage of the target; stages 1 and 2 have the same files.
     """
     if universal:
         raise Refused(
@@ -109,10 +109,10 @@ def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) 
 
 
 def in_v1_form(checkpoint: Checkpoint, optimizer: Optimizer, raw: Mapping[str, Any]) -> Optimizer:
-    """The same optimizer with the keys of v1.0 files. Raises Refused if it is not Adam.
+    """Return the optimizer with the keys of v1.0 files. Raises Refused if it is not Adam.
 
-    optimizer: of ZeRO stage 1 in float16, in any form. raw: the yml of the target, from which v1.0
-    takes the hyperparameters.
+    optimizer: of ZeRO stage 1 in float16, in any format. raw: the yml of the target, from which
+    v1.0 takes the hyperparameters.
     """
     metas = tuple(map(_meta, optimizer.metas))
     scaler = optimizer.head.get("loss_scaler")
@@ -188,10 +188,10 @@ def v1_files(
     raw: Mapping[str, Any],
     order: Sequence[str],
 ) -> Iterator[OutputFile]:
-    """The files of optimizer states of one model-parallel rank, by the number of its mp_rank file.
+    """The optimizer state files of one model-parallel rank, by the number of its mp_rank file.
 
-    optimizer: in v1.0's form. raw: the target's yml. order: DeepSpeed's names of the rank's
-    parameters, as the model registers them.
+    optimizer: in the format of v1.0. raw: the yml of the target. order: DeepSpeed's names of the
+    rank's parameters, in the order in which the model registers them.
     """
     zero = mapping(raw, "zero_optimization", "the yml")
     bucket = whole(zero, "reduce_bucket_size", "the yml") or BUCKET_ELEMENTS

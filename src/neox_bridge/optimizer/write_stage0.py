@@ -1,4 +1,4 @@
-"""The optimizer of ZeRO stage 0, as a value of an mp_rank file."""
+"""Writes the optimizer of ZeRO stage 0, which is part of an mp_rank file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ Stage0 = tuple[dict[str, Any], list[OutputTensor], dict[str, Parts]]
 
 
 def stage0(optimizer: Optimizer, groups: Sequence[RankGroup]) -> Stage0:
-    """A model-parallel rank's ``optimizer``, its tensors, and those of them that are in parts.
+    """The ``optimizer`` of a model-parallel rank, its tensors, and which of them are in parts.
 
     Source: torch's Optimizer.state_dict for fp32; deepspeed 0.16 runtime/fp16/fused_optimizer.py,
     state_dict, for fp16, whose flat tensors have no padding.

@@ -1,8 +1,8 @@
 """Writes universal checkpoints of DeepSpeed: one folder per parameter, one file per state.
 
 Keys and their order as deepspeed 0.16 writes them (checkpoint/ds_to_universal.py). How ranks share
-a parameter stands in its files, from where DeepSpeed takes it at load, and, as patterns of names,
-in the mp_rank files, from where ds_to_universal.py takes it.
+a parameter is recorded in its files, where DeepSpeed reads it at load, and as name patterns in the
+mp_rank files, where ds_to_universal.py reads it.
 """
 
 import re
@@ -29,10 +29,10 @@ _NUMBER = re.compile(r"(\d+)\\\.")
 
 @dataclass(frozen=True)
 class Universal:
-    """A model's parameters, whole, for universal files.
+    """The unsplit parameters of a model, for universal files.
 
-    states: by state and parameter. splits: how ranks share a parameter. names: DeepSpeed's, in the
-    order of GPT-NeoX's modules. config, layout: of the target.
+    states: by state and parameter. splits: how ranks share a parameter. names: DeepSpeed's names,
+    in the order of GPT-NeoX's modules. config, layout: of the target.
     """
 
     states: Mapping[str, Mapping[Parameter, OutputTensor]]
@@ -64,7 +64,7 @@ class Universal:
         }
 
     def marks(self, parameter: Parameter) -> dict[str, Any]:
-        """What stands beside a parameter's tensor in its files."""
+        """The other keys in the files of a parameter."""
         kind = _kind(self.splits[parameter], self.layout, self.config)
         if kind == "sub_params":
             state = self._sub_params(parameter)
@@ -103,12 +103,12 @@ def universal(
     wholes: States,
     names: Mapping[Parameter, str],
 ) -> Universal:
-    """The parameters whole.
+    """Assemble the unsplit parameters.
 
-    A bias that ranks add up is a part of the sum, the same for each of the target's ranks: at load
-    DeepSpeed gives every rank what is stored.
+    A bias that ranks sum is stored as an equal share of the sum, because DeepSpeed gives every rank
+    the stored value at load.
     model: of the target, without its tensors. wholes: by state, and by Hugging Face name.
-    names: DeepSpeed's, in the order of GPT-NeoX's modules.
+    names: DeepSpeed's names, in the order of GPT-NeoX's modules.
     """
     config, layout = model.config, model.layout
     plain = replace(model, config=replace(config, dtype="float32"))
@@ -140,7 +140,7 @@ def splits_of(
 def universal_files(
     folder: str, model: Universal, optimizer: Optimizer, dp: int, stage: int
 ) -> Iterator[OutputFile]:
-    """Every file of ``zero``. dp: data-parallel ranks, which it is of no more. stage: ZeRO's."""
+    """Every file of ``zero``. dp: ranks, over which files are not split. stage: of ZeRO."""
     for parameter, name in model.names.items():
         place, marks = f"{folder}/{ZERO}/{name}", model.marks(parameter)
         for key, tensors in model.states.items():
@@ -162,7 +162,7 @@ def _step(path: str, step: Any) -> OutputFile:
 
 
 def _kind(split: Split, layout: RankLayout, config: ModelConfig) -> str:
-    """The split in ds_to_universal.py's words."""
+    """The name of a split in ds_to_universal.py."""
     if split == "fused":
         return "sub_params" if config.grouped_query and layout.gqa_order == "grouped" else "column"
     if split == "row_bias":
@@ -171,5 +171,5 @@ def _kind(split: Split, layout: RankLayout, config: ModelConfig) -> str:
 
 
 def _pattern(name: str) -> str:
-    """A name as a pattern for re.match, whatever its layer's number."""
+    """A pattern for re.match that matches a name with any layer number."""
     return _NUMBER.sub(r"\\d+\\.", re.escape(name), count=1) + "$"

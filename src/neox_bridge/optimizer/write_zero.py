@@ -1,4 +1,4 @@
-"""The files of DeepSpeed's ZeRO stages 1 and 2: one a data-parallel and model-parallel rank.
+"""Writes the files of ZeRO stages 1 and 2, one per data-parallel and model-parallel rank.
 
 Keys and their order as deepspeed 0.16 writes them (runtime/engine.py, _save_zero_checkpoint;
 runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, state_dict).
@@ -25,9 +25,9 @@ _SIZE = Global("torch", "Size")
 
 @dataclass(frozen=True)
 class RankGroup:
-    """What a model-parallel rank has of one parameter group.
+    """The part of one parameter group on a model-parallel rank.
 
-    states: by state, the parameters by DeepSpeed's names in their order.
+    states: by state, the parameters by DeepSpeed's names, in order.
     """
 
     group: Group
@@ -49,7 +49,7 @@ def param_shapes(groups: Sequence[RankGroup]) -> list[Any]:
 
 
 def stage_enum(stage: int) -> Record:
-    """A stage as DeepSpeed saves it."""
+    """A ZeRO stage as DeepSpeed saves it."""
     return Record(Global("deepspeed.runtime.zero.config", "ZeroStageEnum"), (stage,))
 
 
@@ -65,8 +65,9 @@ def zero_files(
 ) -> Iterator[OutputFile]:
     """The files of all ranks.
 
-    optimizer: whose wrapper and scalars they have. groups: by model-parallel rank. stage: ZeRO's.
-    outer: what a file holds beside the optimizer's own dictionary. bf16: whether the model is.
+    optimizer: the source of the wrapper and the scalars. groups: by model-parallel rank. stage: the
+    ZeRO stage. outer: the keys of a file besides the optimizer's dictionary. bf16: whether the
+    model is in bf16.
     """
     prefix = "bf16_" if bf16 else ""
     for number, rank_groups in groups.items():
@@ -101,10 +102,11 @@ def flat_slots(
     parts: dict[str, Parts],
     padded: Collection[str] = (),
 ) -> dict[str, TensorSlot]:
-    """A part of a flat group, for each state, by its number.
+    """A part of a flat group, for each state, by number.
 
-    name: of the slots, with ``{}`` for the state. Their tensors are added to ``tensors``, and what
-    is written in their place to ``parts``. padded: the states with zeros up to a partition's size.
+    name: the name of the slots, with ``{}`` for the state. Their tensors are added to ``tensors``,
+    and the parts that are written instead to ``parts``. padded: the states that are padded with
+    zeros to the size of a partition.
     """
     slots = {}
     for key, named in group.states.items():
@@ -118,7 +120,7 @@ def flat_slots(
 
 
 def scalar_slots(group: Group, name: str, tensors: list[OutputTensor]) -> dict[str, Any]:
-    """What a group's state has beside parameters; small tensors are added to ``tensors``."""
+    """The non-parameter values of a group's state. Small tensors are added to ``tensors``."""
     slots: dict[str, Any] = {}
     for key, entry in group.scalars.items():
         slots[key] = entry
@@ -130,7 +132,7 @@ def scalar_slots(group: Group, name: str, tensors: list[OutputTensor]) -> dict[s
 
 
 def _padding(optimizer: Optimizer, flat: Flat, rank: int) -> int:
-    """DeepSpeed's group_paddings; BF16_Optimizer tells them of the last rank only, and in all."""
+    """DeepSpeed's group_paddings. BF16_Optimizer stores those of the last rank in all files."""
     if optimizer.wrapper == "bf16":
         return flat.partition * flat.dp - flat.numel if rank == flat.dp - 1 else 0
     return flat.partition - flat.used(rank)
@@ -169,7 +171,7 @@ def _head(
 
 
 def whole_head(optimizer: Optimizer, stage: int, dp: int) -> dict[str, Any]:
-    """What of it a universal checkpoint keeps: all but what is by parameter; no paddings."""
+    """The head that a universal checkpoint keeps: no entries per parameter, no paddings."""
     head = _head(optimizer, stage, {}, [], [0] * len(optimizer.groups), [], dp)
     for key in ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings"):
         del head[key]

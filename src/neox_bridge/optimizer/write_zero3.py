@@ -1,4 +1,4 @@
-"""The files of DeepSpeed's ZeRO stage 3: two for each data-parallel and model-parallel rank.
+"""Writes the files of ZeRO stage 3: two for each data-parallel and model-parallel rank.
 
 Keys and their order as deepspeed 0.16 writes them (runtime/engine.py, _save_checkpoint;
 runtime/zero/stage3.py, _rigid_state_dict).
@@ -31,10 +31,10 @@ _OF_HEAD = ("loss_scaler", "dynamic_loss_scale", "overflow")
 def sub_groups(
     groups: Sequence[RankGroup], dp: int, raw: Mapping[str, Any]
 ) -> tuple[RankGroup, ...]:
-    """The parameter groups, cut as zero_optimization.sub_group_size says.
+    """Split the parameter groups according to zero_optimization.sub_group_size.
 
-    A sub-group ends with the parameter whose part on a rank makes it that large (runtime/zero/
-    stage3.py, _create_fp16_sub_groups). raw: the target's yml.
+    A sub-group ends with the parameter whose part on a rank makes it reach that size
+    (runtime/zero/stage3.py, _create_fp16_sub_groups). raw: the yml of the target.
     """
     zero = mapping(raw, "zero_optimization", "the yml")
     most = count(zero, "sub_group_size", "the yml", "zero_optimization.sub_group_size")
@@ -91,8 +91,8 @@ def zero3_state_files(
 ) -> Iterator[OutputFile]:
     """The files of optimizer states.
 
-    groups: the sub-groups by model-parallel rank. outer: what a file holds beside the optimizer's
-    own dictionary. bf16: whether the model is.
+    groups: the sub-groups by model-parallel rank. outer: the keys of a file besides the optimizer's
+    dictionary. bf16: whether the model is in bf16.
     """
     prefix = "bf16_" if bf16 else ""
     for number, of_rank in groups.items():

@@ -1,9 +1,9 @@
-"""An optimizer of one ZeRO stage as one of another.
+"""Converts an optimizer from one ZeRO stage to another.
 
-Stages 1 and 2 have the same form. Stage 3 has no gradient clipping and no version in it, and always
-a loss scaler. Stage 0 has masters of its own in fp16 only, since in fp32 the weights are; its loss
-scaler stands in the dictionary itself and not in an object. In bf16 it is another optimizer,
-BF16_Optimizer.
+Stages 1 and 2 have the same format. Stage 3 stores no gradient clipping and no version, and always
+a loss scaler. Stage 0 stores masters only in fp16, because in fp32 the weights are the masters; the
+fields of its loss scaler are in the dictionary itself, not in an object. In bf16, stage 0 uses
+another optimizer, BF16_Optimizer.
 Sources: deepspeed 0.16 runtime/fp16/fused_optimizer.py and loss_scaler.py,
 runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/engine.py.
 """
@@ -24,9 +24,10 @@ _TOLD = ("last_overflow_iter", "scale_factor", "scale_window")
 def at_stage(
     checkpoint: Checkpoint, optimizer: Optimizer, stage: int, given: States | None = None
 ) -> tuple[Optimizer, States | None]:
-    """The optimizer as it is at ZeRO's stage, and its states where they aren't the source's own.
+    """The optimizer at this ZeRO stage, and its states if they differ from the source.
 
-    given: states to take in place of the source's. Raises Refused where DeepSpeed has none such.
+    given: states that replace those of the source. Raises Refused if DeepSpeed has no such
+    optimizer.
     """
     if (stage == 0) == (optimizer.stage == 0):
         return _sharded(optimizer, stage), given
@@ -58,7 +59,7 @@ def at_stage(
 
 
 def _sharded(optimizer: Optimizer, stage: int) -> Optimizer:
-    """The optimizer of stage 1, 2 or 3 at another of these stages."""
+    """Convert the optimizer of stage 1, 2 or 3 to another of these stages."""
     if (stage == 3) == (optimizer.stage == 3):
         return replace(optimizer, stage=stage)
     meta, head = optimizer.metas[0], dict(optimizer.head)
