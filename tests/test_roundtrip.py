@@ -98,6 +98,8 @@ def test_any_model(
     stages = min(layout[1] or 1, model["num_hidden_layers"]) if layout[1] else None
     if options["mlp_names"] == "dense":
         model["intermediate_size"] = 4 * model["hidden_size"]
+        # parallel blocks of trees with these names need them
+        model["attention_bias"] |= model["use_parallel_residual"]
     shard_size = options.pop("shard_size")
     with TemporaryDirectory() as name:
         folder = Path(name)

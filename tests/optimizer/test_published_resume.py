@@ -128,7 +128,9 @@ def test_the_yml_has_keys_that_the_tree_accepts(name: str, tmp_path: Path) -> No
 def test_every_form_is_written_in_todays(form: str, tmp_path: Path) -> None:
     model, save = made_up(layers=2), replace(FORMS[form], dp=3, bucket=1000)
     source = write(model, save, tmp_path / "source")
-    layout = {"tp": 2, "pp": 2 if save.stage == 1 else 0, "dp": 1, "micro_batch": 6}
+    # GPT-NeoX of today runs stage 2 without model-parallel ranks only
+    stages = {"tp": 2, "pp": 2} if save.stage == 1 else {"tp": 1, "pp": 0}
+    layout = {**stages, "dp": 1, "micro_batch": 6}
     reshard(source, tmp_path / "new", era=TODAY, **layout)
     reshard(tmp_path / "new", tmp_path / "one", tp=1, pp=1 if save.stage == 1 else 0)
     optimizer = read_optimizer(open_checkpoint(str(tmp_path / "one")))
@@ -309,7 +311,8 @@ def test_models_that_v1_does_not_have(
     command = ["convert", str(hf), str(tmp_path / "neox"), "--to", "neox", "--for", "neox@v1.0"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 4, done.output
-    assert f"{key}: GPT-NeoX of release v1.0" in done.output
+    assert f"{key}: " in done.output
+    assert "GPT-NeoX of release v1.0" in done.output
     assert not (tmp_path / "neox").exists()
 
 
