@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-_ATTRIBUTES = ".gitattributes"  # a file of the Hub that lists which files go to LFS
+_ATTRIBUTES = ".gitattributes"  # a file of the Hub that lists the files in LFS
 _LATEST = "latest"
 _WEIGHTS = re.compile(r".*\.(?:safetensors|bin|pt|pth|index\.json)|(?:.*/)?neox_bridge\.json")
 _STEP = re.compile(r"global_step\d+/.*")
@@ -12,11 +12,14 @@ _STEP = re.compile(r"global_step\d+/.*")
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Paths in the repository, sorted.
+    """The paths of a repository, sorted, by what a commit does with them.
 
-    add: new files. replace: existing files with other bytes. same: existing files with equal bytes.
-    leave: existing files that are not in the folder. conflicts: weights that would be replaced or
-    mixed with those of another checkpoint.
+    Attributes:
+        add: New files.
+        replace: Existing files with other bytes.
+        same: Existing files with equal bytes.
+        leave: Existing files that are not in the folder.
+        conflicts: Weights that would be replaced or mixed with those of another checkpoint.
     """
 
     add: tuple[str, ...]
@@ -34,9 +37,14 @@ def compare(
 ) -> Changes:
     """Compare the paths of a folder with those of a branch.
 
-    there: files of the branch. same: files that are equal bit for bit. step: of a GPT-NeoX target.
-    If the branch is an existing run, the step is added beside the others, as in a local run:
-    ``latest`` is replaced, and other files above the steps are kept.
+    If the branch is an existing run, the step is added to its steps, as in a local run: ``latest``
+    is replaced, and other files above the steps are kept.
+
+    Args:
+        files: The files of the folder.
+        there: The files of the branch.
+        same: The files that are equal bit for bit.
+        step: The step of a GPT-NeoX target.
     """
     new, old = set(files), set(there) - {_ATTRIBUTES}
     pointer = ""

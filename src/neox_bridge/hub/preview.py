@@ -15,10 +15,15 @@ from neox_bridge.wording import plain
 class PublishPreview:
     """The preview of a publication.
 
-    private: whether the repository is, or would be. done: whether the branch holds just this
-    already. new: files that aren't there. other: there with other bytes, since of another size.
-    unknown: there in the same size; only equal bytes won't be uploaded. leave: the branch's own.
-    conflicts: what --overwrite is needed for. size: bytes of new, other and unknown at most.
+    Attributes:
+        private: Whether the repository is private, or would be created as private.
+        done: Whether the branch is already up to date.
+        new: Files that the branch does not have.
+        other: Existing files of another size.
+        unknown: Existing files of the same size. They are not uploaded if their bytes are equal.
+        leave: Files of the branch that are not in the plan.
+        conflicts: Files that require --overwrite.
+        size: The maximum number of bytes to upload: those of new, other and unknown.
     """
 
     repo: str
@@ -38,7 +43,7 @@ class PublishPreview:
 def plan_publish(
     plan: Plan, repo: str, branch: str = MAIN, *, private: bool = False
 ) -> PublishPreview:
-    """What ``publish`` would do with the files of a plan. Only reads.
+    """Preview what ``publish`` would do with the files of a plan. Only reads.
 
     Raises BridgeError if the Hub does not answer, or if a repository is public but should be
     private.
@@ -78,6 +83,6 @@ def step_of_plan(plan: Plan) -> str | None:
 
 
 def message_of(plan: Plan) -> str:
-    """The title of the commit that publishes a plan's files."""
+    """The title of the commit that publishes the files of a plan."""
     source = plan.source.get("revision") or plan.source.get("name")
     return f"Convert {plain(str(source))} with neox-bridge {__version__}"

@@ -32,7 +32,7 @@ from neox_bridge.wording import some
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-_CONFLICT = 412  # HTTP status: the branch moved since our commit was prepared
+_CONFLICT = 412  # HTTP status: the branch moved after the commit was prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def publish(
 def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) -> Published:
     """``publish`` the files that a plan wrote into a work folder. On failure, the folder is kept.
 
-    options: of ``publish``.
+    options: keyword arguments of ``publish``.
     """
     kept = (
         f"The files are kept in {work.folder}. Run the same command again to continue, or delete "
@@ -180,7 +180,7 @@ def work_base(chosen: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A publication job. api: of huggingface_hub."""
+    """A publication in progress. api: huggingface_hub's ``HfApi``."""
 
     api: Any
     folder: str
@@ -188,7 +188,7 @@ class _Job:
     branch: str
     step: str | None
     create_pr: bool
-    files: Mapping[str, int]  # sizes by path, relative and with slashes
+    files: Mapping[str, int]  # sizes by relative path with slashes
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -256,7 +256,7 @@ def _commit(
     deletes = [CommitOperationDelete(name) for name in removed]
     where = {"revision": job.branch, "create_pr": job.create_pr}
     job.api.preupload_lfs_files(job.repo, adds, free_memory=False, **where)
-    for wait in (1, 2, 4, 8, None):  # seconds, as huggingface_hub has them for other requests
+    for wait in (1, 2, 4, 8, None):  # seconds, as in huggingface_hub for other requests
         try:
             info = job.api.create_commit(
                 job.repo,

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """exists: whether the repository does. commit: of the branch, None where there is no branch.
+    """The state of a branch on the Hub.
 
-    files: huggingface_hub's ``RepoFile`` by path.
+    Attributes:
+        exists: Whether the repository exists.
+        commit: The commit of the branch; None if there is no branch.
+        files: huggingface_hub's ``RepoFile`` by path.
     """
 
     exists: bool
@@ -32,7 +35,7 @@ class Remote:
 
 
 def look(repo: str, branch: str) -> Remote:
-    """The state of a branch, in two requests. Raises BridgeError if the Hub does not answer."""
+    """Get the state of a branch, in two requests. Raises BridgeError if the Hub does not answer."""
     api = hub_api(f"hf://{repo} is on the Hub")
     with explained(repo):
         try:
@@ -50,11 +53,11 @@ def look(repo: str, branch: str) -> Remote:
 def files_at(api: Any, repo: str, revision: str) -> dict[str, "RepoFile"]:
     """All files of a revision by path. Raises huggingface_hub's errors."""
     items = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {item.path: item for item in items if hasattr(item, "blob_id")}  # no folders
+    return {item.path: item for item in items if hasattr(item, "blob_id")}  # without folders
 
 
 def first_commit(api: Any, repo: str) -> str:
-    """The commit that a repository began with. Raises huggingface_hub's errors."""
+    """The first commit of a repository. Raises huggingface_hub's errors."""
     return str(api.list_repo_commits(repo, revision=MAIN)[-1].commit_id)
 
 
@@ -110,7 +113,7 @@ def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None
 
 
 def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
-    """The hash of the plan that a branch's files were written by; see ``published_record``.
+    """The hash of the plan that wrote the files of a branch; see ``published_record``.
 
     Also None if the record was changed.
     """
@@ -121,15 +124,15 @@ def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
 def is_published(plan: Plan, repo: str, branch: str) -> bool:
     """Whether a branch contains the output of this plan, according to its record.
 
-    Plans name their sources by path and place in it, so that only the same sources at the same
-    place (for a model of the Hub: the same commit in the same cache) make the same plan. Raises
-    BridgeError if the Hub does not answer.
+    A plan contains the paths of its sources and the places in them. So only the same sources in the
+    same place (for a model of the Hub: the same commit in the same cache) have the same plan.
+    Raises BridgeError if the Hub does not answer.
     """
     return published_plan(repo, branch, record_path(plan)) == plan_hash(plan)
 
 
 def record_path(plan: Plan) -> str:
-    """Where a plan puts ``neox_bridge.json``, relative to its target."""
+    """The path of ``neox_bridge.json`` in the target of a plan."""
     return next(file.path for file in plan.files if file.seals)
 
 
