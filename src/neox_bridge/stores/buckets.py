@@ -1,4 +1,4 @@
-"""Buckets of S3, Google Cloud and Azure, by obstore (https://developmentseed.org/obstore)."""
+"""Buckets of S3, Google Cloud and Azure, through obstore (https://developmentseed.org/obstore)."""
 
 import contextlib
 import os
@@ -64,7 +64,7 @@ class Bucket:
         self.patient = self._open(retry.TRIES, pause_seconds)
 
     def refresh(self) -> None:
-        """obstore has no cache."""
+        """Does nothing, because obstore has no cache."""
 
     def head(self, url: str) -> FileState:
         return self._object(self.store.head(self._key(url)))
@@ -100,7 +100,7 @@ class Bucket:
         except Exception as error:
             if not retry.is_unknown(error):
                 raise
-            # an S3 server without conditional writes: the best that is possible
+            # an S3 server without conditional writes: a check that is not atomic must do
             with contextlib.suppress(FileNotFoundError):
                 self.head(url)
                 return False
@@ -115,7 +115,7 @@ class Bucket:
         return _Multipart(self, url, part_size(size)) if several else _Single(self, url)
 
     def abort_uploads(self, url: str) -> None:
-        """Only S3 keeps unfinished uploads until they are aborted; obstore cannot list them."""
+        """Abort unfinished uploads, which only S3 keeps and obstore cannot list."""
         if self.scheme in S3:
             from neox_bridge.stores.credentials import s3_client
 
@@ -237,7 +237,7 @@ class _Multipart:
         return self.tag.result()
 
     def abandon(self) -> None:
-        """Abort the upload: obstore does so when its source fails."""
+        """Abort the upload. obstore does so when its source fails."""
         with contextlib.suppress(Exception):
             self._hand_over(None)
         self.thread.join()
@@ -266,7 +266,7 @@ class _Multipart:
             self.tag.set_exception(error)
 
     def _send_all(self) -> str:
-        """Raises Unreachable, which is not retried, if parts are lost."""
+        """Send all parts. Raises Unreachable, which is not retried, if parts are lost."""
         key = self.bucket._key(self.url)
         try:
             answer = self.bucket.patient.put(

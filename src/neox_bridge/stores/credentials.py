@@ -116,8 +116,8 @@ def google_options(root: str) -> dict[str, Any]:
 def azure_options(root: str, host: str) -> dict[str, Any]:
     """Arguments of obstore's ``AzureStore``.
 
-    root: ``az://container``, or ``abfss://container@account.dfs.core.windows.net``. host: what
-    follows the ``@``, or nothing.
+    root: ``az://container``, or ``abfss://container@account.dfs.core.windows.net``. host: the part
+    after ``@``, or "".
     """
     options = _fsspec_settings(root, ("az", "abfs", "abfss"), _AZURE_SETTINGS)
     text = options.pop("connection_string", None) or os.environ.get(_AZURE_CONNECTION, "")
@@ -213,7 +213,7 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
 
 
 def _region_of(bucket: str) -> str | None:
-    """The region of a bucket, which AWS tells everyone; None without an answer.
+    """The region of a bucket, which AWS returns without credentials; None without an answer.
 
     Source: the API's HeadBucket, x-amz-bucket-region.
     """

@@ -1,9 +1,9 @@
-"""Caches ranges of Hub files on disk, because a conversion and its check read them twice.
+"""Caches ranges of Hub files on disk, because a conversion and its verification read them twice.
 
 The output is compared with its source afterwards, and a tensor-parallel source is read at several
-places at once. An object store nearby can be read again; the Hub is slow and limits requests. So
-ranges are cached beside the output, where a resumed run and other processes of the same run find
-them.
+places at once. A nearby object store can be read again, but the Hub is slow and limits requests. So
+ranges are cached next to the output, where a resumed run and other processes of the same run can
+use them.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _busy: dict[str, threading.Lock] = {}
 
 @contextlib.contextmanager
 def keeping(folder: str | None, urls: Iterable[str]) -> Iterator[None]:
-    """A block in which ranges of these objects are cached in a folder; None: no cache.
+    """Cache ranges of these objects in a folder during the block; None disables the cache.
 
     The folder is created if missing. It is not deleted; the owner of its parent does that.
     """
@@ -61,7 +61,7 @@ def range_folder(work: str, sizes: Mapping[str, int], written: int) -> str | Non
 
 
 def folder_beside(files: str) -> str | None:
-    """The folder, beside the output, in which another process of this run caches ranges."""
+    """The folder next to the output in which another process of this run caches ranges."""
     folder = os.path.join(os.path.dirname(files), FOLDER)
     return folder if os.path.isdir(folder) else None
 
@@ -78,7 +78,7 @@ def kept_bytes(work: str) -> int:
 def fetch_kept(url: str, start: int, end: int) -> bytes:
     """``objects.fetch``, from the cache on disk if possible.
 
-    Raises BridgeError, naming the object, where it can't be read.
+    Raises BridgeError with the name of the object if it cannot be read.
     """
     folder = _folders.get(url)
     if folder is None:

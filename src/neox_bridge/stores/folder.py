@@ -1,7 +1,7 @@
-"""The interface of local folders, object stores and the Hub. The path decides which is used.
+"""The interface of local folders, object stores and the Hub. The path selects the implementation.
 
 A ``Folder`` offers the operations of ``os.path``. Other code does not check whether a path is a
-URL; it asks what the folder can do.
+URL, but uses the properties of the folder.
 """
 
 import re

@@ -9,7 +9,7 @@ from neox_bridge.extras import install_command
 from neox_bridge.stores.retry import steadily
 from neox_bridge.stores.store import FileState, Upload
 
-# names of the field that changes whenever the object changes
+# names of the fields that change whenever the object changes
 _TAGS = ("ETag", "etag", "xet_hash", "blob_id", "mtime", "last_modified", "created")
 _NEEDS = {  # by the protocol of a URL: an extra, or another package
     "hf": ("hub", ""),
@@ -88,12 +88,12 @@ class FsspecStore:
         path = self._path(url)
         try:
             self.fs.pipe_file(path, data)
-        except FileNotFoundError:  # a file system with real folders
+        except FileNotFoundError:  # a file system with real folders, which must be created
             self.fs.makedirs(self.fs._parent(path), exist_ok=True)
             self.fs.pipe_file(path, data)
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
-        """Not atomic: two simultaneous callers may both be told that they wrote it."""
+        """Not atomic: two simultaneous callers may both get True."""
         if self.fs.exists(self._path(url)):
             return False
         self.put(url, data)

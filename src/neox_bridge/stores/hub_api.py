@@ -1,4 +1,4 @@
-"""Imports huggingface_hub where it is used, and turns its errors into advice."""
+"""Imports huggingface_hub when it is needed, and turns its errors into advice."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.extras import install_command
 
-# statuses worth a retry: huggingface_hub, utils/_http.py
+# statuses that are worth a retry: huggingface_hub, utils/_http.py
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 # libraries whose errors mean that there was no answer
 _NETWORK = ("httpx", "httpx2", "requests", "urllib3")
@@ -34,8 +34,8 @@ _SERVER_FAILED = "the Hub failed. Run the same command again later; see status.h
 def hub_api(why: str) -> Any:
     """huggingface_hub's ``HfApi``, which honors HF_ENDPOINT and HF_TOKEN.
 
-    why: a sentence, without its period, that says what it is needed for. It is used in the
-    BridgeError if huggingface_hub is not installed.
+    why: a sentence without its period that says why it is needed. It is part of the BridgeError if
+    huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import HfApi
@@ -60,7 +60,7 @@ def check_writer(repo: str) -> None:
 
 @contextmanager
 def explained(repo: str) -> Iterator[None]:
-    """A block that turns errors of huggingface_hub into a BridgeError about this repository."""
+    """Turn errors of huggingface_hub in the block into a BridgeError about this repository."""
     try:
         yield
     except BridgeError:
@@ -71,7 +71,7 @@ def explained(repo: str) -> Iterator[None]:
 
 @contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """A block in which huggingface_hub shows or hides its progress bars, in all threads.
+    """Show or hide huggingface_hub's progress bars during the block, in all threads.
 
     HF_HUB_DISABLE_PROGRESS_BARS hides them in any case.
     """
@@ -104,7 +104,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_missing_repo(error: BaseException) -> bool:
-    """Whether a logged-in user got the answer that the repository does not exist."""
+    """Whether the Hub told a logged-in user that the repository does not exist."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     return (
@@ -115,7 +115,7 @@ def is_missing_repo(error: BaseException) -> bool:
 
 
 def explanation(error: BaseException, repo: str) -> str:
-    """What failed and what to do about it, in one line."""
+    """Describe in one line what failed and what to do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalTokenNotFoundError,
@@ -175,7 +175,7 @@ def _root(error: BaseException) -> str:
 
 
 def _server_message(error: BaseException) -> str:
-    """The message of the Hub, as huggingface_hub collects it."""
+    """The message from the Hub, as collected by huggingface_hub."""
     for cause in _causes(error):
         if message := getattr(cause, "server_message", None):
             return str(message).strip().splitlines()[0][:200].rstrip(".") + "."

@@ -12,7 +12,7 @@ MAIN = "main"
 
 @dataclass(frozen=True, slots=True)
 class HubTarget:
-    """A branch of a model's repository. repo: ``org/name``."""
+    """A branch of a model repository. repo: ``org/name``."""
 
     repo: str
     branch: str = MAIN
@@ -27,7 +27,7 @@ class HubTarget:
 
 
 def reader_folder(repo: str) -> str:
-    """The folder that the yml of a GPT-NeoX target on the Hub names: the downloaded copy."""
+    """The folder in the yml of a GPT-NeoX target on the Hub, which is the downloaded copy."""
     return f"/path/to/{repo.split('/')[1]}"
 
 
@@ -38,7 +38,7 @@ def model_id(text: str) -> tuple[str, str] | None:
 
 
 def hub_target(text: str) -> HubTarget:
-    """``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for another form."""
+    """Parse ``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for other forms."""
     match = model_id(text.removeprefix(HUB)) if is_hub(text) else None
     if match is None:
         raise BridgeError(f"{text} is not a Hub URL. Use hf://ORG/NAME or hf://ORG/NAME@BRANCH.")

@@ -10,7 +10,10 @@ from neox_bridge.wording import natural
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """commit: 40 hexadecimal digits. step: of a name like ``step1000``; None for ``main``."""
+    """A branch or tag.
+
+    commit: 40 hexadecimal digits. step: of a name like ``step1000``; None for ``main``.
+    """
 
     name: str
     kind: Literal["branch", "tag"]
@@ -19,7 +22,7 @@ class Revision:
 
 
 def revisions(repo: str) -> tuple[Revision, ...]:
-    """All branches and tags of ``org/name``, by step, those without one first; one request.
+    """All branches and tags of ``org/name``, sorted by step, those without one first; one request.
 
     Raises BridgeError if there is no such repository or the Hub does not answer.
     """

@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.stores.store import FileState
 
 _FLAGS = os.O_RDONLY
-for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no system has both
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no system has all of them
     _FLAGS |= getattr(os, _name, 0)
 # a snapshot in Hugging Face's cache (huggingface_hub, file_download.py)
 _CACHED = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{7,40})", re.DOTALL)
@@ -54,7 +54,7 @@ class LocalFolder:
     def kind(self, path: str) -> str | None:
         try:
             mode = os.stat(path).st_mode
-        except (OSError, ValueError):  # a name with NUL
+        except (OSError, ValueError):  # a name that contains NUL
             return None
         return {stat.S_IFREG: "file", stat.S_IFDIR: "directory"}.get(stat.S_IFMT(mode), "special")
 
@@ -83,11 +83,11 @@ class LocalFolder:
                     yield file, os.path.getsize(file) if kind == "file" else None
 
     def open(self, path: str) -> BinaryIO:
-        """Pipes and devices are refused without blocking, which opening a pipe could do."""
+        """Open a file. Pipes and devices are refused, because opening a pipe could block."""
         try:
             _refuse(path, os.stat(path).st_mode)  # opening a device may have side effects
             file = open(os.open(path, _FLAGS), "rb")  # noqa: SIM115 (it is what is returned)
-        except (FileNotFoundError, ValueError):  # a name with NUL or an unpaired surrogate
+        except (FileNotFoundError, ValueError):  # a name that contains NUL or an unpaired surrogate
             raise BridgeError(missing_message(path)) from None
         except OSError as error:
             raise _unreadable(path, error) from None

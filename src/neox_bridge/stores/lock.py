@@ -26,7 +26,7 @@ NAME = "lock"
 RENEWED_SECONDS = 20.0  # between two renewals
 DEAD_SECONDS = 75.0  # without a change, after which the lock counts as abandoned
 _LOOK_SECONDS = 2.0
-# in which two runs that take over the same lock find out which of them has it
+# how long two runs that take over the same lock wait to find out which of them has it
 _SETTLE_SECONDS = 1.0
 _LOG = logging.getLogger(__name__)
 _ended_here: set[object] = set()  # runs of this process that have ended but may have left locks

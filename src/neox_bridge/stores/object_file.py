@@ -1,7 +1,7 @@
 """Opens an object of a store as a file for reading headers, with few requests.
 
-The start of a file, and the end of a zip with its directory, are fetched in one request each;
-``started`` fetches those of many files at once.
+The start of a file is fetched in one request, and so is the end of a zip, which contains its
+directory. ``started`` prefetches those of many files in parallel.
 """
 
 import io
@@ -15,16 +15,16 @@ from typing import BinaryIO, cast
 
 from neox_bridge.stores.objects import fetch, kind, look
 
-HEAD = 64 << 10  # bytes that are fetched from the start; a safetensors header has some 50 kB
+HEAD = 64 << 10  # bytes that are fetched from the start; a safetensors header has about 50 kB
 _LAYER_HEAD = 16 << 10  # a layer's pickle is 5 kB
-_TORCH_HEAD = 64 << 10  # with the names and shapes of all parameters 30 kB (12B, 36 layers)
+_TORCH_HEAD = 64 << 10  # with the names and shapes of all parameters: 30 kB (12B, 36 layers)
 _TORCH_TAIL = 16 << 10  # the directory of its 20 records has 2 kB
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _LAYER = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 _STEP = 32 << 10  # minimum bytes per request elsewhere
-_KEPT = 4 << 20  # bytes that are kept of a file
-_NEAR = 32 << 10  # a gap of fewer bytes is fetched along instead of using a new request
-_AT_ONCE = 16  # requests
+_KEPT = 4 << 20  # bytes that are cached of a file
+_NEAR = 32 << 10  # smaller gaps are fetched too, because a separate request is slower
+_AT_ONCE = 16  # maximum number of parallel requests
 _WINDOW = 48  # files whose starts are prefetched
 _RECENT = 4  # files whose chunks are cached, because a file is opened several times
 
@@ -143,7 +143,7 @@ def _start(url: str, tails: ThreadPoolExecutor) -> list[_Chunk]:
     tails: fetches the ends, at the same time.
     """
     if kind(url) != "file":
-        return []  # opening the file reports the error
+        return []  # the error is reported when the file is opened
     size = look(url).size
     if not url.endswith(_TORCH):
         return [(0, fetch(url, 0, min(size, HEAD)))] if size else []

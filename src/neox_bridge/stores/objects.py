@@ -15,8 +15,8 @@ from neox_bridge.stores.store import FileState, Store, Upload
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-_MOST_LISTINGS = 64  # folders
-_AT_ONCE = 16  # requests
+_MOST_LISTINGS = 64  # maximum number of cached listings, one per folder
+_AT_ONCE = 16  # maximum number of parallel requests
 _UNKNOWN, _MISSING = object(), object()
 _pending: dict[str, bytes] = {}
 _listings: dict[str, Mapping[str, FileState | None]] = {}
@@ -55,9 +55,9 @@ def _pinned(url: str) -> str | None:
 
 @contextlib.contextmanager
 def pending(objects: Mapping[str, bytes]) -> Iterator[None]:
-    """A block in which this process sees these objects as if they already existed.
+    """Make these objects visible to this process during the block, as if they already existed.
 
-    So a nearly finished target can be checked in its final form, before its record is written.
+    A nearly finished target can thus be checked in its final form, before its record is written.
     """
     _pending.update(objects)
     try:
@@ -80,7 +80,7 @@ def look(url: str, *, again: bool = False) -> FileState:
     if url in _pending:
         return FileState(len(_pending[url]), sha256(_pending[url]).hexdigest())
     entry = _UNKNOWN if again and _pinned(url) is None else _listed(url)
-    if entry is _UNKNOWN and _protocol(url) == "hf":  # one listing for all files of a folder
+    if entry is _UNKNOWN and _protocol(url) == "hf":  # a listing has all files of the folder
         _list(url.rpartition("/")[0])
         entry = _listed(url)
     entry = _head(url) if entry is _UNKNOWN else entry
@@ -160,7 +160,7 @@ def put_small(url: str, data: bytes) -> None:
 def put_if_absent(url: str, data: bytes) -> bool:
     """Write an object unless it exists. Returns whether ``data`` is the content now.
 
-    If the answer to a first try was lost, the content shows who wrote it, so ``data`` must be
+    If the answer to the first try was lost, the content shows who wrote it, so ``data`` must be
     unique.
     """
     return _put(url, lambda store: store.put_if_absent(url, data)) or (

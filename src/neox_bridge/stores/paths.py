@@ -21,13 +21,13 @@ def is_writable(path: str) -> bool:
 
 
 def plain(path: str) -> str:
-    """Normalize user input: the path of a ``file://`` URL, or a URL without a slash at its end."""
+    """Normalize user input: the path of a ``file://`` URL, or a URL without its trailing slash."""
     path = without_scheme(path)
     return folder_of(path).plain(path)
 
 
 def afresh(path: str) -> str:
-    """``plain``, and drop cached information about a URL."""
+    """``plain``, which also drops cached information about a URL."""
     path = plain(path)
     folder_of(path).forget(path)
     return path
@@ -92,7 +92,7 @@ def size_of(file: BinaryIO) -> int:
 
 
 def is_remote(file: BinaryIO) -> bool:
-    """Whether unread parts of a file are remote."""
+    """Whether unread parts of a file must be fetched from a store."""
     return hasattr(getattr(file, "raw", None), "url")
 
 

@@ -1,9 +1,9 @@
 """Reads tensors of objects in large ranges, with read-ahead.
 
-Each thread reads a tensor or a file sequentially, in small pieces. These come from ranges of 8 MiB
-that are fetched once and shared. When a thread reads two adjacent ranges, the next one is
-prefetched. If a thread alternates between places, as for a tensor that many ranks hold, ranges
-become smaller, so that all ranges in use fit into memory.
+Each thread reads a tensor or a file sequentially, in small pieces. The pieces come from ranges of 8
+MiB that are fetched once and shared. When a thread reads two adjacent ranges, the next one is
+prefetched. If a thread alternates between places, as for a tensor on many ranks, ranges become
+smaller, so that all ranges in use fit into memory.
 """
 
 import threading
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from neox_bridge.stores.fetched import fetch_kept as fetch
 from neox_bridge.stores.objects import look
 
-RANGE = 8 << 20  # bytes of a request
+RANGE = 8 << 20  # bytes per request
 LEAST = 256 << 10
 MEMORY = 80 << 20  # bytes of all ranges, in flight or in memory
-_AT_ONCE = 8  # requests
+_AT_ONCE = 8  # maximum number of parallel requests
 _LONG = 4  # visits after which the pattern is known
-_SEEN = 256  # ranges in which the last ones of a thread are searched
+_SEEN = 256  # number of recent ranges of a thread that are searched
 
 _Key = tuple[str, int]  # URL, first byte
 
@@ -32,7 +32,7 @@ class _Habit:
     between: "deque[int]" = field(default_factory=lambda: deque([0] * _LONG, _LONG))
 
     def visit(self, key: _Key) -> int:
-        """How many ranges the thread visits before it returns to this one, including it."""
+        """Count the ranges that the thread visits before it returns to this one, including it."""
         if key in self.ranges:
             others = 0
             for other in reversed(self.ranges):
@@ -87,7 +87,7 @@ class Ranges:
         try:
             return key[1], fetched.result()
         except BaseException:
-            with self._lock:  # the next reader requests it again
+            with self._lock:  # the next reader retries the request
                 self._known.pop(key, None)
             raise
 

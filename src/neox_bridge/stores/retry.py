@@ -1,4 +1,4 @@
-"""Retries requests to stores after transient errors: dropped, late, too short, "slow down"."""
+"""Retries requests to stores after transient errors: lost, late or short answers, "slow down"."""
 
 import errno
 import logging
@@ -14,17 +14,17 @@ from typing import Any, TypeVar
 from neox_bridge.errors import BridgeError, Unreachable
 
 _T = TypeVar("_T")
-TRIES = 6  # some 10 seconds of waiting in all
-FIRST_SECONDS, LONGEST_SECONDS = 0.4, 10.0  # between two tries
-# longest wait that a server may request; the Hub counts requests per 300 seconds
+TRIES = 6  # about 10 seconds of waiting in total
+FIRST_SECONDS, LONGEST_SECONDS = 0.4, 10.0  # wait between two tries
+# the longest wait that a server may request; the Hub counts requests per 300 seconds
 _LONGEST_WAIT_SECONDS = 600.0
 _SAID_SECONDS = 5.0  # longer waits are logged
-# exceptions of libraries, by name, because none of them must be installed
+# exceptions by name, because none of their libraries must be installed
 _PASSING = {
     *("ClientPayloadError", "ClientConnectionError", "FSTimeoutError", "TransportError"),
     *("SSHException", "HTTPException"),
 }
-_OBSTORE = "GenericError"  # everything without a specific class: dropped, late, 5xx, not understood
+_OBSTORE = "GenericError"  # all errors without a specific class: dropped, late, 5xx, not understood
 _OBSTORE_STATUS = re.compile(r"status code: (\d{3})[^:]*: *(.*)", re.DOTALL)
 _OBSTORE_XML = re.compile(r"<(?:Code|Message)>([^<]*)<")
 _NOT_IMPLEMENTED = 501
@@ -48,7 +48,7 @@ class ShortRead(Exception):
 
 
 def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -> _T:
-    """Call ``call``, with retries after transient errors, with exponential backoff and jitter.
+    """Call ``call`` and retry after transient errors, with exponential backoff and jitter.
 
     Honors Retry-After. doing: "read", "written" and so on, for the message. Raises Unreachable for
     permanent errors, FileNotFoundError if there is no such object.
@@ -126,7 +126,7 @@ def is_unknown(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """Describe an error in one line."""
     text, name = str(error), type(error).__name__
-    if _is_obstore(error):  # obstore appends pages of its own state
+    if _is_obstore(error):  # obstore appends pages of its internal state
         text = text.partition("\n\nDebug source")[0].partition(" error: ")[2] or text
         answer = _OBSTORE_STATUS.search(text)
         if answer:
@@ -166,7 +166,7 @@ def failed(url: str, doing: str, error: Exception, tries: int) -> Unreachable:
 
 
 def no_bucket(url: str, error: FileNotFoundError) -> BridgeError:
-    """The error for an object whose bucket does not exist, or no longer."""
+    """The error for an object whose bucket does not exist, or no longer exists."""
     return BridgeError(
         f"{url} cannot be written: {describe(error)}. Check the name of the bucket, and that no "
         "other process writes to or deletes the same target."
@@ -198,7 +198,7 @@ def _header(error: BaseException, name: str) -> str:
 def _status(error: BaseException) -> int | None:
     """The HTTP status of an exception of any of the libraries, or of its cause.
 
-    obstore has it only in its text.
+    obstore includes it only in the text of the exception.
     """
     if _is_obstore(error):
         answer = _OBSTORE_STATUS.search(str(error))

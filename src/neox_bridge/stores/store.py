@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 WORK = ".neox-bridge"  # the folder in a target for the files that are only needed to resume
-PART_BYTES = 8 << 20  # of an upload; S3 takes 5 MiB at least
-PARTS_AT_ONCE = 2  # of one object, on their way
-_MAX_PARTS = 10_000  # of an object; the limit of S3
+PART_BYTES = 8 << 20  # part size of uploads; S3 requires at least 5 MiB
+PARTS_AT_ONCE = 2  # maximum number of parts of one object in flight
+_MAX_PARTS = 10_000  # maximum number of parts of an object; the limit of S3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Upload(Protocol):
 
 
 class Store(Protocol):
-    """One bucket or file system. Places are URLs; a folder exists if objects are below it.
+    """One bucket or file system. Places are URLs. A folder exists if it contains objects.
 
     Methods raise FileNotFoundError for missing objects, and exceptions of their library.
     """
@@ -66,7 +66,7 @@ class Store(Protocol):
         """Write an object unless it exists. Returns whether it was written."""
 
     def remove(self, url: str) -> None:
-        """Delete an object. If it is missing, FileNotFoundError or nothing."""
+        """Delete an object. A missing object may raise FileNotFoundError."""
 
     def upload(self, url: str, size: int) -> Upload:
         """Start an upload of ``size`` bytes."""

@@ -7,7 +7,7 @@ from neox_bridge.stores import object_file, objects
 
 
 class StoreFolder:
-    """A folder of an object store: what has objects below it."""
+    """A folder of an object store, which exists if it contains objects."""
 
     is_local: ClassVar[bool] = False
     is_writable: ClassVar[bool] = True
@@ -35,6 +35,6 @@ class StoreFolder:
 
 
 class HubFolder(StoreFolder):
-    """A revision on the Hub, read by ranges. It takes commits, not files."""
+    """A revision on the Hub, read by ranges. It is only written in commits, not file by file."""
 
     is_writable: ClassVar[bool] = False
