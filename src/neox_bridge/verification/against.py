@@ -67,8 +67,8 @@ class StepRow:
         tensors: How many were compared.
         differences: Those that differ.
         casts: Pairs of dtypes, source and twin, that were compared after an exact cast.
-        origins: Where else the differing weights are, the most tensors first.
-        saved: The step that the source's own files tell, where it is not the place's.
+        origins: Other steps that have the differing weights, the one with most tensors first.
+        saved: The step in the source's files, if it differs from that of the place.
         reason: Why a side cannot be read.
     """
 
@@ -207,7 +207,7 @@ def settings_faults(comparison: Comparison) -> list[Fault]:
 
 
 def origin_words(row: StepRow, comparison: Comparison) -> str:
-    """Where else the differing weights of a row are, as a clause; "" if nowhere."""
+    """The other steps that have the differing weights of a row, as a clause; "" if none has."""
     words = []
     for origin in row.origins:
         here, there = comparison.source, comparison.twin

@@ -158,7 +158,7 @@ def verdict(step: Step, faults: Iterable[Fault]) -> str:
 
 
 def _weight_faults(step: Step, stored: Checkpoint, read: Checkpoint) -> Iterator[Fault]:
-    """Weights of odd dtypes, and a tied config beside a head of its own, in the files' form."""
+    """Weights of unusual dtypes, and tied configs with a separate head, as in the files."""
     for odd in odd_dtypes(read):
         severity: Severity = "warning" if odd.castable else "error"
         message = f"{step.label}: {odd.reason}"

@@ -180,8 +180,8 @@ def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
 def _misfit(step: Step, before: Steps, after: Steps, names: Sequence[str]) -> float:
     """The mean logarithmic distance of the norms from the range between their neighbors.
 
-    before, after: The other steps on each side, the nearest first. At an end of the run, where one
-    side has none, the norms may continue as they went between the two nearest.
+    before, after: The other steps on each side, the nearest first. At the start and the end of the
+    run, where one side has no steps, the norms may continue the trend of the two nearest.
     """
     total, count = 0.0, 0
     for name in names:

@@ -15,11 +15,11 @@ from neox_bridge.verification.steps import Step
 from neox_bridge.wording import plural, some
 
 LEAST = 0.05  # relative to the norm: smaller jumps are ignored
-SPIKE = 4.0  # times as large as what is beside it explains: training doesn't do this at all,
-STEP = 8.0  # and this rarely, when something is suddenly learned (at most 6 in tiny models)
+SPIKE = 4.0  # times the change that its neighbors explain: training never does this,
+STEP = 8.0  # training rarely does this, on suddenly learning something (at most 6 in tiny models)
 # relative to the largest norm of a tensor: smaller norms count as zero, as of initial biases
 FLOOR = 1e-3
-NEEDED = 4  # steps, for a course
+NEEDED = 4  # steps that are needed to see a trend
 BESIDE = 3  # changes on each side
 
 

@@ -37,7 +37,7 @@ class Hypothesis:
     """Another interpretation of the same weights.
 
     cause: what is wrong, in one or two words. settings: of the reference. text: what it would mean.
-    inherent: the other framework can't do otherwise: no conversion removes it.
+    inherent: whether no conversion can remove it, because the other framework cannot do otherwise.
     """
 
     cause: str

@@ -1,4 +1,4 @@
-"""The figure of two checkpoints' differences."""
+"""Draws the differences between two checkpoints."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from neox_bridge.verification.drawing import GREY, RED, figure_of, legend, place
 
 _COLOUR_MAP = "viridis"
 _EQUAL = "#e8e8e8"
-_WITH_NUMBERS = 12  # blocks up to which the cells have room for their number
+_WITH_NUMBERS = 12  # largest number of blocks for which numbers fit into the cells
 _ABSENT = ("only-first", "only-second", "shape")
 
 Rows = Mapping[str, Mapping[int, Difference]]
@@ -17,10 +17,10 @@ Rows = Mapping[str, Mapping[int, Difference]]
 
 @styled
 def differences_figure(differences: Sequence[Difference]) -> Any:
-    """A map: a row for each kind of weight, a column for each block, the relative difference.
+    """A map of relative differences: a row for each kind of weight, a column for each block.
 
-    The colour is logarithmic; equal tensors, and those that can't be compared, have their own.
-    What lies outside the blocks is a map of one column below.
+    The color scale is logarithmic. Equal tensors and tensors that cannot be compared have separate
+    colors. Tensors outside the blocks are in a map of one column below.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -49,12 +49,12 @@ def differences_figure(differences: Sequence[Difference]) -> Any:
         bar = figure.colorbar(
             ScalarMappable(norm, _COLOUR_MAP),
             ax=figure.axes,
-            format=lambda value, _: f"{value:g}",  # matplotlib's own labels are formulas
+            format=lambda value, _: f"{value:g}",  # matplotlib's default labels are formulas
             fraction=0.04,
             pad=0.02,
             aspect=30,
         )
-        bar.solids.set(rasterized=False, edgecolor="face")  # no picture of pixels within the SVG
+        bar.solids.set(rasterized=False, edgecolor="face")  # no raster image within the SVG
         bar.set_label("largest difference / largest value")
     legend(
         figure,
@@ -89,7 +89,7 @@ def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
             )
             axes.add_patch(cell)
             if columns <= _WITH_NUMBERS:
-                # the upper half of the colours is light
+                # the upper half of the color scale is light
                 dark = level > 0 and (not math.isfinite(level) or norm(level) < 0.6)
                 axes.text(
                     x,
@@ -117,7 +117,7 @@ def _word(difference: Difference) -> str:
 
 
 def _limits(values: Iterable[float]) -> tuple[float, float]:
-    """Around the positive finite values, a decade at least."""
+    """Limits around the positive finite values, at least one decade apart."""
     positive = [v for v in values if 0 < v < math.inf] or [1.0]
     low = 10.0 ** math.floor(math.log10(min(positive)))
     return low, max(*positive, 10 * low)

@@ -1,7 +1,7 @@
-"""What all figures share: colours, style, axes, files; matplotlib is the extra ``[plot]``.
+"""Shared by all figures: colors, style, axes, files. matplotlib is in the extra ``[plot]``.
 
-No figure is ever shown, so none goes through pyplot and its global state. The colours are Okabe and
-Ito's, which every kind of colour vision tells apart.
+No figure is shown in a window, so pyplot and its global state are not used. The colors are those of
+Okabe and Ito, which people with any kind of color vision can distinguish.
 """
 
 import math
@@ -23,9 +23,9 @@ COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", RED, "#000000")
 SUFFIXES = (".png", ".svg")
 GREY, GRID = "#666666", "#dddddd"
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's fonts
+    "svg.fonttype": "none",  # text stays text, so it can be searched and uses the page's fonts
     "svg.hashsalt": "neox-bridge",  # the same figure is the same file
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name does not start a formula
     "font.size": 8.5,
     "axes.titlesize": 8.5,
     "axes.spines.top": False,
@@ -54,7 +54,7 @@ def check_plot(path: str) -> None:
 
 
 def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A function that draws, in this style, or with a BridgeError where matplotlib is missing."""
+    """Decorate a function that draws: apply this style; BridgeError if matplotlib is missing."""
 
     @wraps(draw)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -68,11 +68,11 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def figure_of(width: float, height: float) -> Any:
-    """An empty figure, in inches."""
+    """An empty figure; sizes in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # a page's own font may be wider than the one that was measured
+    # the font of a page may be wider than the measured one
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
 
 
@@ -80,7 +80,7 @@ def place_of(name: str) -> tuple[str, int | None]:
     """A Hugging Face name as (kind, block): the name without its block, and the block's number.
 
     ``gpt_neox.layers.3.attention.dense.bias`` is (``attention.dense.bias``, 3); names outside the
-    blocks lose what precedes their last module, and have None.
+    blocks are shortened to start at their last module, and have None.
     """
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.(.+)", name):
         return match[2], int(match[1])
@@ -88,7 +88,7 @@ def place_of(name: str) -> tuple[str, int | None]:
 
 
 def log_axis(axis: Any, values: Iterable[float]) -> bool:
-    """A logarithmic axis around the positive values; False, and no ticks, where there are none."""
+    """Make a logarithmic axis for the positive values. Without any, no ticks and returns False."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     vertical = axis.axis_name == "y"
@@ -110,30 +110,30 @@ def log_axis(axis: Any, values: Iterable[float]) -> bool:
 
 
 def ticks(layers: int, most: int) -> list[int]:
-    """Blocks to number on an axis, at most about so many."""
+    """The blocks to number on an axis, at most about this many."""
     steps = (1, 2, 4, 5, 8, 10, 20, 25, 50)
     fits = (step for step in steps if layers <= step * most)
     return list(range(0, layers, next(fits, -(-layers // most))))
 
 
 def legend(figure: Any, handles: Sequence[Any]) -> None:
-    """One legend below all."""
+    """One legend below all panels."""
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
     )
 
 
 def save(figure: Any, path: str) -> None:
-    """Write a figure in the format that the file's suffix names."""
+    """Write a figure in the format of the file suffix."""
     data = _drawn(figure, "svg" if path.lower().endswith(".svg") else "png")
     with open(path, "wb") as file:
         file.write(data)
 
 
 def svg_of(figure: Any, prefix: str = "") -> str:
-    """A figure as one ``<svg>`` element, to stand in an HTML page; text stays text.
+    """A figure as one ``<svg>`` element for an HTML page; text stays text.
 
-    prefix: of every id, so that several figures of one page don't share any.
+    prefix: added to every id, so that ids are unique in a page with several figures.
     """
     text = _drawn(figure, "svg").decode()
     text = text[text.index("<svg") :]
@@ -142,7 +142,7 @@ def svg_of(figure: Any, prefix: str = "") -> str:
 
 @styled
 def _drawn(figure: Any, form: str) -> bytes:
-    """The figure as a file; drawn twice, as its layout settles only in the second drawing."""
+    """The figure as a file. It is drawn twice, because the layout is final only the second time."""
     out = BytesIO()
     for _ in range(2):
         out = BytesIO()

@@ -107,7 +107,7 @@ def _shared(a: "_Side", b: "_Side", size: int) -> tuple[int, int]:
 
 
 def _bytes_same(a: "_Side", b: "_Side", start: int, end: int, context: Context) -> bool:
-    """Compares with memcmp (through bytearray), which is faster than numpy and needs no import."""
+    """Compare with memcmp (through bytearray), which is faster than numpy and needs no import."""
     right = memoryview(buffer(1, STEP_BYTES))
     for at in range(start, end, STEP_BYTES):
         context.check()

@@ -29,7 +29,7 @@ from neox_bridge.verification.reference import Stage, replaced
 
 Stages = Generator[Stage, Tensor | None, None]
 Settings = Mapping[str, Any]
-# settings of the reference in place of the checkpoint's own; Hugging Face's side takes none
+# reference settings that replace the checkpoint's; not used for Hugging Face checkpoints
 ForwardPass = Callable[[Settings], Stages]
 
 
@@ -169,7 +169,7 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
 
     @contextmanager
     def loaded(module: nn.Module) -> Iterator[nn.Module]:
-        """The module with its weights, for as long as it is needed."""
+        """Load the weights of a module during the block."""
         owners = list(module.named_modules())
         for inner, owner in owners:
             for leaf in list(owner._parameters):
@@ -208,7 +208,7 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> Whole:
-    """The tensor that transformers calls by this name."""
+    """The stored tensor that has this name in transformers."""
     architecture = checkpoint.architecture
     name = architecture.aliases.get(name, name)
     if checkpoint.config.tied_embeddings and name == architecture.head:
@@ -238,7 +238,7 @@ def _calls(
         calls.append((args[1:], keywords))
         if len(calls) == len(body.layers):
             raise _Reached
-        return (hidden,)  # older transformers take the first of what a layer returns
+        return (hidden,)  # older versions of transformers use the first element of a layer's output
 
     try:
         for layer in body.layers:
@@ -254,7 +254,7 @@ def _calls(
 
 @contextmanager
 def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
-    """Records the outputs of the attention and MLP of a layer."""
+    """Record the outputs of the attention and MLP of a layer."""
     attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
     parts: dict[str, Tensor] = {}
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 VERSION = 1  # version of the hash method; a new one invalidates cached fingerprints
-BLOCK_BYTES = 1 << 20  # bytes; part of the version, since a shard is hashed box by box
-_CHUNK_ELEMENTS = 1 << 17  # elements that are float64 at a time
+BLOCK_BYTES = 1 << 20  # bytes; part of the hash method, because a shard is hashed box by box
+_CHUNK_ELEMENTS = 1 << 17  # elements that are converted to float64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a tensor is, in a few bytes.
+    """A summary of a tensor's content in a few bytes.
 
     hash: xxh3_128, as 32 hex digits, of the elements in row-major order, the dtype and the shape.
-    shape: without rows of zeros at the end of a vocabulary, which are padding; so is the hash.
-    norm: L2, of the finite elements, in float64. bad: how many are NaN or infinite.
+    shape: without rows of zeros at the end of a vocabulary, which are padding; the hash also
+    ignores them.
+    norm: the L2 norm of the finite elements, in float64. bad: how many are NaN or infinite.
     constant: all elements have the same bits.
-    shards: by tensor-parallel rank, where several hold it, their padding included.
+    shards: by tensor-parallel rank, including padding, if several ranks hold it.
     """
 
     hash: str
@@ -86,7 +87,7 @@ def fingerprints(
 
 
 def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
-    """The largest first, so that threads end together; in a store in the order of their places.
+    """Largest first, so that threads end together; for stores, in file order.
 
     A range of a store is fetched only once if its tensors are read consecutively.
     """
@@ -124,14 +125,14 @@ def fingerprint(whole: Whole, context: Context, *, padded: bool = False) -> Fing
 
 
 def sources(whole: Whole) -> tuple[TensorRef, ...]:
-    """The tensors of files that a whole lies in, by rank."""
+    """The stored tensors that an assembled tensor consists of, by rank."""
     return tuple(dict.fromkeys(p.source for p in whole.pieces if p.source is not None))
 
 
 class _Stream:
-    """A hash, a norm and a few facts of elements that come block by block.
+    """Computes a hash, a norm and a few facts of elements, block by block.
 
-    rows: the bytes of one row of a padded tensor, whose last zero rows are held back; else 0.
+    rows: the bytes per row of a padded tensor, whose trailing zero rows are held back; else 0.
     """
 
     def __init__(self, rows: int = 0, *, measure: bool = True) -> None:
@@ -164,7 +165,7 @@ class _Stream:
         return self.state.hexdigest()
 
     def _without_padding(self, data: "Array") -> "Array":
-        """The bytes up to the last one that isn't zero; zeros before it are fed late."""
+        """The bytes up to the last nonzero one, after the zeros that were held back before it."""
         import numpy as np
 
         if not data[-1] and not data[-self.rows :].any():
@@ -173,7 +174,7 @@ class _Stream:
         else:
             end = data.size
         if end:
-            while self.held:  # they weren't padding
+            while self.held:  # they were not padding
                 step = min(self.held, BLOCK_BYTES)
                 self.state.update(bytes(step))
                 self.held, self.fed = self.held - step, self.fed + step
@@ -185,7 +186,7 @@ class _Stream:
 
         for low in range(0, block.size, _CHUNK_ELEMENTS):
             part = block[low : low + _CHUNK_ELEMENTS].astype(np.float64)
-            # no BLAS: its threads would wait for each other, and take turns with ours
+            # no BLAS, because its threads would wait for each other and compete with ours
             square = float(np.einsum("i,i->", part, part))
             if not math.isfinite(square):
                 finite = np.isfinite(part)
@@ -197,7 +198,7 @@ class _Stream:
 def _hash(
     whole: Whole, context: Context, refs: tuple[TensorRef, ...], padded: bool
 ) -> tuple[_Stream, list[_Stream]]:
-    """The streams of the whole and, in the same pass over the files, of the refs it lies in."""
+    """Hash an assembled tensor and, in the same pass over the files, its shards."""
     row = prod(whole.shape[1:]) * itemsize(whole.dtype) if padded and whole.shape else 0
     total = _Stream(row)
     parts = {ref: _Stream(measure=False) for ref in refs}
@@ -207,7 +208,7 @@ def _hash(
             total.feed(values(whole, whole.dtype, start, shape, context))
             continue
         total.feed(_box(whole, start, shape, context, parts))
-    if padded and row:  # back to whole rows
+    if padded and row:  # fill up the last row with zeros
         total.state.update(bytes(-total.fed % row))
         total.fed += -total.fed % row
     return total, list(parts.values())

@@ -1,4 +1,4 @@
-"""The figure of anything over steps."""
+"""Draws values over steps."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +19,9 @@ def lines_figure(
     log: bool = False,
     marks: Iterable[tuple[float, str]] = (),
 ) -> Any:
-    """Lines through (x, y) points, one for each name; log: a logarithmic y axis.
+    """Draw a line through (x, y) points for each name. log: use a logarithmic y axis.
 
-    marks: x values with a short text, for what was found there. Points that aren't finite, or not
+    marks: x values with a short text about a finding there. Points that are not finite, or not
     positive on a logarithmic axis, leave a gap.
     """
     figure = figure_of(8.0, max(3.6, 0.19 * min(len(series), 32)))

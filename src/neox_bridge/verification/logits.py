@@ -26,7 +26,7 @@ from neox_bridge.verification.verify import as_one_model
 # relative to the largest value: fp32 rounding in one layer, and in the logits of a model
 LAYER = 2e-5
 LOGITS = 1e-5
-_MOST = 3  # causes that are searched
+_MOST = 3  # maximum number of causes to search for
 _NONE: Settings = {}
 
 
@@ -52,8 +52,8 @@ class NonFinite:
         first: How many logits are not finite in the first model.
         second: The same in the second model, or in the recorded logits.
         same_places: Whether these are the same logits on both sides.
-        tensor: The first weight that explains it, in the order of the model: one that is not
-            finite on one side alone, else one that is not on both. "" where every weight is finite.
+        tensor: The first weight, in model order, that explains it: one that is not finite on only
+            one side, or else one that is not finite on both. "" if all weights are finite.
         tensor_first: How many values of that weight are not finite in the first model.
         tensor_second: The same in the second model.
     """
@@ -69,18 +69,19 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How near two checkpoints' logits are; logits [tokens, vocabulary rows that both have].
+    """How close the logits of two checkpoints are; logits [tokens, common vocabulary rows].
 
-    tokens: those whose logits are finite on both sides, of which the numbers are (0.0 where there
+    tokens: those whose logits are finite on both sides. The numbers are about these (0.0 if there
         are none).
     largest, mean: of the absolute difference. relative: largest, divided by the largest logit.
-    kl: mean over the tokens of the divergence of the second's distribution from the first's, nats.
-    top1: share of tokens whose likeliest next one is the same.
-    place: the first layer and part that differ, "" where none does; apart: by how much, relative
-        to the part's largest value.
-    causes: under these the sides agree, or go on further together; explained: whether altogether.
-    non_finite: the logits that are NaN or infinite, None where all are finite. place is then where
-        they first appear, and apart says nothing.
+    kl: the divergence of the second distribution from the first in nats, averaged over the tokens.
+    top1: share of tokens for which both predict the same next token.
+    place: the first layer and part that differ; "" if none does. apart: the difference there,
+        relative to the largest value of the part.
+    causes: with these, the sides agree completely or up to a later part. explained: whether they
+        agree completely.
+    non_finite: the logits that are NaN or infinite; None if all are finite. Otherwise, place is
+        where such values first appear, and apart has no meaning.
     """
 
     tokens: int
@@ -111,7 +112,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class _Parting:
-    """A part at which the sides differ: its index in the model, and by how much."""
+    """A part at which the sides differ: its index in the model, and the size of the difference."""
 
     number: int
     name: str
@@ -254,9 +255,9 @@ def _count_non_finite(whole: Whole, context: Context) -> int:
 def _describe_non_finite(
     first: Tensor, second: Tensor, checkpoints: tuple[Checkpoint, ...]
 ) -> NonFinite | None:
-    """What is not finite in logits [tokens, vocabulary], and where it comes from; None if all are.
+    """Find the non-finite logits [tokens, vocabulary] and their origin; None if all are finite.
 
-    checkpoints: the models whose weights are searched: both, or the first alone.
+    checkpoints: the models whose weights are searched: both, or only the first.
     """
     bad = ~first.isfinite(), ~second.isfinite()
     either = bad[0] | bad[1]
@@ -292,7 +293,7 @@ def _first_weight(checkpoints: tuple[Checkpoint, ...], same: bool) -> tuple[str,
 
 
 def _first_non_finite(sides: list[ForwardPass], same_places: bool) -> str:
-    """The first part where values are not finite: on both sides, or on one side alone."""
+    """The first part where values are not finite: on both sides, or only on one side."""
     with closing(_in_step(sides, [_NONE, _NONE])) as parts:
         for name, a, b in parts:
             bad = ~a.isfinite(), ~b.isfinite()
@@ -305,7 +306,7 @@ def _first_non_finite(sides: list[ForwardPass], same_places: bool) -> str:
 def _in_step(
     sides: list[ForwardPass], settings: Sequence[Settings]
 ) -> Generator[tuple[str, Tensor, Tensor], None, None]:
-    """Each part of both sides, the second of which gets the first's outputs as its inputs."""
+    """Yield each part of both sides. The second side gets the outputs of the first as inputs."""
     first, second = (one(meant) for one, meant in zip(sides, settings, strict=True))
     with closing(first), closing(second):
         output = None
@@ -343,7 +344,7 @@ def _logits(one: ForwardPass, settings: Settings = _NONE) -> Tensor:
 
 
 def _measure(a: Tensor, b: Tensor) -> Agreement:
-    """a, b: [tokens, vocabulary], float32. Tokens whose logits are not all finite are left out."""
+    """a, b: [tokens, vocabulary], float32. Tokens with logits that are not finite are ignored."""
     finite = a.isfinite().all(-1) & b.isfinite().all(-1)
     a, b = a[finite], b[finite]
     if not a.numel():

@@ -26,7 +26,7 @@ class Opened:
 
     @property
     def number(self) -> int | None:
-        """The step: by the place's name, else by the checkpoint's own files."""
+        """The step: from the name of the place, or else from the files of the checkpoint."""
         if self.place.number is not None or self.checkpoint is None:
             return self.place.number
         state = self.checkpoint.neox
@@ -38,7 +38,7 @@ class Opened:
 
     @property
     def states(self) -> int:
-        """Bytes of the optimizer's states, where it has Adam's and masters."""
+        """Bytes of the optimizer states, if they are those of Adam with masters."""
         if self.checkpoint is None or not self.checkpoint.has_optimizer:
             return 0
         return 12 * sum(prod(whole.shape) for whole in self.checkpoint.tensors.values())
@@ -47,7 +47,7 @@ class Opened:
 def open_places(runs: Iterable[TrainingRun], configs: Sequence[str] = ()) -> list[Opened]:
     """Open every checkpoint without reading weights. Continues if one cannot be opened.
 
-    configs: yml files for the GPT-NeoX checkpoints that have none of their own.
+    configs: yml files for GPT-NeoX checkpoints that contain none.
     """
 
     def one(run: str, place: StepLocation) -> Opened:

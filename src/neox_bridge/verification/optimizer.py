@@ -29,12 +29,12 @@ from neox_bridge.wording import some
 
 
 def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
-    """The states by one name each: the state's, a colon, the tensor's."""
+    """The states by combined names: state, colon, tensor."""
     return flattened(states(checkpoint, optimizer))
 
 
 def flattened(by_state: States) -> dict[str, Whole]:
-    """States by one name each."""
+    """States by combined names."""
     return {
         f"{key}{STATE_OF}{name}": whole
         for key, wholes in by_state.items()
@@ -130,7 +130,7 @@ def _check_none(differences: Sequence[Difference], source: Checkpoint) -> None:
 def fresh_checker(
     source: Checkpoint, first: Callable[[str], None], *, workers: int | None = None
 ) -> Callable[[str], None]:
-    """``first``, then raise Unverified unless masters equal the weights and moments are zero."""
+    """Run ``first``, then raise Unverified unless masters equal weights and moments are zero."""
 
     def check(folder: str) -> None:
         first(folder)
@@ -166,7 +166,7 @@ def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
 
 @dataclass(frozen=True, slots=True)
 class RoundedMasters:
-    """The comparison of every stored tensor with its master weight.
+    """The result of comparing every stored tensor with its master weight.
 
     compared: how many tensors of all tensor-parallel ranks. differing: the names of those that are
     not their masters rounded to nearest, such as "layer 2: attention.dense.weight".
@@ -185,7 +185,7 @@ def rounded_masters(
 ) -> RoundedMasters | None:
     """Compare every weight with its master, bit for bit after rounding.
 
-    None without masters, and at ZeRO stage 3, which stores no weights beside them.
+    Returns None without masters, and at ZeRO stage 3, which stores no weights besides them.
     """
     state = checkpoint.neox_state
     if state.is_zero3:
@@ -202,7 +202,7 @@ def rounded_masters(
 
     def differs(name: str) -> bool:
         master, weight = pairs[name]
-        difference = compare(name, master, weight, context)  # which rounds the master
+        difference = compare(name, master, weight, context)  # this cast rounds the master
         context.wrote(weight.nbytes, "copied")
         return difference.kind != "equal"
 

@@ -116,7 +116,7 @@ def model_on_hub(path: str) -> tuple[str, str] | None:
 
 
 def _hub_places(repo: str, revision: str) -> tuple[str, tuple[StepLocation, ...]]:
-    """The run's name and its steps; all of a model that has no steps. They are read by ranges."""
+    """The run's name and its steps (``main`` if it has none), as URLs that are read in ranges."""
     from neox_bridge.layouts.hub_download import cached_repo
     from neox_bridge.layouts.hub_source import is_offline
     from neox_bridge.stores.hub_names import MAIN
@@ -154,7 +154,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
         yield _single(path, own_number)
     elif steps:
         faults += _check_latest(path, steps)
-        if own_number and len(steps) == 1:  # one of a run's, each converted to a root of its own
+        if own_number and len(steps) == 1:  # a step that was converted to a separate root
             yield _single(path, own_number)
             return
         for name in steps:

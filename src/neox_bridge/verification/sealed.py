@@ -98,7 +98,7 @@ def check_seal(
         name, files = written_files(parse_json(data))
     except (ValueError, RecursionError):
         if b'"written"' not in data and b'"seal"' not in data:
-            read_json(record)  # says what is wrong with it
+            read_json(record)  # raises the error that describes the problem
             raise BridgeError(
                 f"{record} contains no hashes. Compare with the source: verify SRC DST."
             ) from None
@@ -127,11 +127,11 @@ def check_seal(
 
 
 def source_findings(checkpoint: Checkpoint, sources: Collection[str]) -> list[Finding]:
-    """Where the files that a conversion reads differ from the record that came with them.
+    """Findings for source files that differ from the record in their folder.
 
-    Large files are not read for it: sizes are compared, and the hashes of small files. The hash of
-    a larger file is compared if the file is newer than the record, for up to 256 MiB of files.
-    Objects have no modification time, and the client of the Hub checks what it downloads.
+    Compares the sizes of all files and the hashes of small files. The hash of a larger file is
+    compared only if the file is newer than the record, for up to 256 MiB of files. Objects have no
+    modification time, and the client of the Hub checks what it downloads.
 
     sources: the paths of the files with tensors, and of those that are copied.
     """
@@ -200,7 +200,7 @@ def _source_findings(folder: str, changes: list[str], unread: list[str]) -> list
 
 
 def path_of(folder: str, name: str) -> str:
-    """The path of a file that a record in ``folder`` names; stores have no ".."."""
+    """The path of a file in a record of ``folder``. Resolves "..", which stores do not support."""
     home = os.path.dirname(folder) if name.startswith("../") else folder
     return os.path.join(home, name.removeprefix("../"))
 

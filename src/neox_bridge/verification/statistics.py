@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 1 << 18  # elements at a time: 2 MiB of float64, and a few temp
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One logical tensor in numbers, computed in float64.
+    """Statistics of one logical tensor, computed in float64.
 
     Attributes:
         minimum: Of the finite values, like the next four; NaN if there is none.
@@ -35,7 +35,7 @@ class Statistics:
         zeros: The share of elements that are zero, of either sign.
         nans: How many elements are NaN.
         infs: How many elements are infinite.
-        dead_rows: Rows of zeros of a matrix that are no padding.
+        dead_rows: Rows of zeros in a matrix that are not padding.
         padding_rows: Rows of zeros of the embedding or the output beyond the vocabulary, or at its
             end.
         constant: Whether there is more than one element, and all are the same finite number.
@@ -65,7 +65,7 @@ def statistics(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Statistics]:
-    """Every logical tensor of a checkpoint in numbers, in the model's order.
+    """The statistics of every logical tensor of a checkpoint, in model order.
 
     Shards are assembled and row biases summed, as in a conversion to Hugging Face. Every tensor is
     read once, in blocks. pattern: a glob of Hugging Face names. progress: called with the bytes of
@@ -113,10 +113,10 @@ def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
 
 def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Finding]:
     table = checkpoint.by_name
-    stats = [s for s in stats if STATE_OF not in s.name]  # a moment of zero is a start like others
+    stats = [s for s in stats if STATE_OF not in s.name]  # a moment of zero is an ordinary start
     equal = [s for s in stats if s.constant]
     matrices = [s for s in equal if len(s.shape) > 1]
-    # a scale of zero silences what follows the norm; a bias of zero is an ordinary start
+    # a scale of zero makes the output of the norm constant; a bias of zero is an ordinary start
     scales = [s for s in equal if "norm" in s.name and s.name.endswith(".weight")]
     zero = [s.name for s in (*matrices, *scales) if s.maximum == 0]
     if zero:
@@ -162,8 +162,8 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
         squares += total
         block_mean = float(block.mean())
         block -= block_mean
-        # two sets of values joined (Chan, Golub and LeVeque 1979): no sum of squares of large
-        # values is subtracted from another
+        # combine two sets of values (Chan, Golub and LeVeque 1979), without subtracting large sums
+        # of squares
         apart, joined = block_mean - mean, count + block.size
         spread += _squares(block) + apart * apart * (count * block.size / joined)
         mean += apart * (block.size / joined)
@@ -190,12 +190,12 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
 
 
 def _squares(block: "Array") -> float:
-    """The sum of squares, pairwise; a dot product would start BLAS's threads under ours."""
+    """The sum of squares, pairwise. A dot product would start threads of BLAS below ours."""
     return float((block * block).sum())
 
 
 def _padding(live: "Array", vocab_rows: int | None) -> int:
-    """Rows of zeros beyond the vocabulary or at the end; None for what has no vocabulary."""
+    """Rows of zeros beyond the vocabulary or at the end; None for tensors without a vocabulary."""
     if vocab_rows is None:
         return 0
     filled = live.nonzero()[0]

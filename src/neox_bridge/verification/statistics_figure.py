@@ -1,4 +1,4 @@
-"""The figure of a checkpoint's statistics."""
+"""Draws the statistics of a checkpoint."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ BlockPoints = Sequence[tuple[int, Statistics]]  # by block
 
 @styled
 def statistics_figure(stats: Sequence[Statistics]) -> Any:
-    """A panel for each kind of weight: std and the largest size, over the blocks.
+    """Draw a panel for each kind of weight: std and largest absolute value, over the blocks.
 
-    What lies outside the blocks is a last panel, a line for each tensor. Tensors whose std is 0
-    have no place on a logarithmic axis and are marked at its foot, as are NaN and infinities.
+    Tensors outside the blocks are in the last panel, one line each. A std of 0 cannot be shown on a
+    logarithmic axis and is marked at its bottom, as are NaN and infinities.
     """
     panels: dict[str, list[tuple[int, Statistics]]] = {}
     others = [tensor for tensor in stats if place_of(tensor.name)[1] is None]
@@ -35,14 +35,14 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
         kind, block = place_of(tensor.name)
         if block is not None:
             panels.setdefault(kind, []).append((block, tensor))
-    # matrices first: what they show matters most
+    # matrices first, because they matter most
     kinds = sorted(panels, key=lambda kind: len(panels[kind][0][1].shape) < 2)
-    # four or three in a row, whichever leaves fewer places empty
+    # three or four per row, whichever leaves fewer panels empty
     columns = min(len(kinds), 3 if -len(kinds) % 3 < -len(kinds) % 4 else 4)
     rows = -(-len(kinds) // columns) if kinds else 0
     heights = [1.7 * rows] * bool(rows) + [0.6 + 0.22 * len(others)] * bool(others) or [0.5]
     figure = figure_of(max(2.7 * columns, 6.0), sum(heights) + 0.4)
-    # each part is laid out by itself: the long names of one would push the other's panels aside
+    # each part has a separate layout, because long names in one would shift the panels of the other
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
     for part in parts:
         part.set_facecolor("none")
@@ -72,7 +72,7 @@ def _panel(axes: Any, kind: str, points: BlockPoints, layers: int) -> None:
     few = layers <= 24
     largest, spread = [_shown(_size(s)) for _, s in points], [_shown(s.std) for _, s in points]
     for ys, colour, marker in ((largest, ORANGE, "^"), (spread, BLUE, "o")):
-        # with markers, as a lone point among gaps is no line
+        # with markers, because a single point between gaps has no line
         axes.plot(
             blocks, ys, color=colour, marker=marker, markersize=3.5 if few else 1.8, linewidth=1.1
         )

@@ -13,8 +13,8 @@ _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
     """The step numbers of ``0,1000,5000-9000,10000-143000:1000,last``; None for ``all``.
 
-    there: the steps of a run. ``last`` is the largest; a range selects the existing steps in it.
-    Raises UsageError for other words and for missing steps.
+    there: the existing steps of a run. ``last`` is the largest; a range selects the existing steps
+    in it. Raises UsageError for other words and for missing steps.
     """
     check_steps(steps)
     if steps.strip() == "all":

@@ -25,15 +25,17 @@ _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Step:
-    """A checkpoint, read.
+    """The content of a checkpoint for an audit.
 
-    meaning: the config in neutral words, with the sizes of the tensors but the vocabulary's.
-    seed: of the yml, or of the run's name (``pythia-70m-seed3``). making: what else the initial
-    weights depend on. files: the names of the files that a tensor lies in, by rank.
-    read: how many tensors' bytes were read; the others' fingerprints were known.
-    states: fingerprints of the optimizer's states, as "exp_avg: name", where they are looked at.
+    meaning: the config under neutral key names, with the sizes of the tensors except the
+    vocabulary.
+    seed: from the yml, or from the run's name (``pythia-70m-seed3``). making: the other settings
+    that the initial weights depend on. files: the names of the files that contain a tensor, by
+    rank.
+    read: how many tensors were read; the fingerprints of the others were cached.
+    states: fingerprints of the optimizer states, as "exp_avg: name", if they are audited.
     updates: how many steps the optimizer has made and skipped, by parameter group.
-    unknown_keys: of the checkpoint's settings.
+    unknown_keys: the unknown keys in the checkpoint's settings.
     """
 
     run: str
@@ -57,7 +59,7 @@ class Step:
 
     @cached_property
     def hash(self) -> str:
-        """Of all tensors together, with their names."""
+        """The hash of all tensors together, with their names."""
         state = xxhash.xxh3_128()
         for name, tensor in sorted(self.tensors.items()):
             state.update(f"{name} {tensor.hash}\n".encode())
@@ -65,7 +67,7 @@ class Step:
 
     @cached_property
     def norm(self) -> float:
-        """L2, of all tensors together."""
+        """The L2 norm of all tensors together."""
         return math.sqrt(sum(tensor.norm**2 for tensor in self.tensors.values()))
 
     def fault(
@@ -81,7 +83,7 @@ class Step:
 
     @property
     def bad(self) -> int:
-        """Elements that are NaN or infinite."""
+        """The number of elements that are NaN or infinite."""
         return sum(tensor.bad for tensor in self.tensors.values())
 
 
@@ -97,7 +99,7 @@ def read_step(
 ) -> Step:
     """Read everything that is not cached. Raises BridgeError if a file cannot be read.
 
-    optimizer: the checkpoint's, where its states are to be read too.
+    optimizer: the optimizer of the checkpoint, if its states are also read.
     """
     weights = checkpoint
     if optimizer is not None:
@@ -139,7 +141,7 @@ def read_step(
 
 
 def _updates(optimizer: Optimizer) -> tuple[int, ...]:
-    """Per group: its own step count, and the steps that a loss scaler skipped."""
+    """Per group: its step count, and the steps that a loss scaler skipped."""
     skipped = optimizer.metas[0].get("skipped_steps")
     skipped = skipped if isinstance(skipped, int) else 0
     steps = (

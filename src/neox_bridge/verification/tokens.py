@@ -28,10 +28,10 @@ class TokenInput:
 def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
     """The tokens of ``--tokens``.
 
-    given: None (random ones, always the same); a file: .npy, .npz with `tokens` and perhaps the
-    `logits` that a framework computed of them, .json with a list of numbers, or any text; or text
-    itself, for the tokenizer of one of the checkpoints. Raises BridgeError for unreadable files,
-    ids outside the vocabulary, and rows that are too long.
+    given: None (random tokens, always the same); a file: .npy, .npz with `tokens` and optionally
+    the `logits` that a framework computed from them, .json with a list of numbers, or any text; or
+    the text itself, for the tokenizer of one of the checkpoints. Raises BridgeError for unreadable
+    files, ids outside the vocabulary, and rows that are too long.
     """
     rows = min(checkpoint.vocab_rows for checkpoint in checkpoints)
     most = min(checkpoint.config.max_positions for checkpoint in checkpoints)

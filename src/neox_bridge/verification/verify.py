@@ -157,10 +157,10 @@ def _drifted(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
 
 
 def as_one_model(source: Checkpoint, target: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
-    """Both, where they store a tensor twice, as the models that are to be compared.
+    """Both checkpoints as the models to compare, if they store a tensor twice.
 
-    A source with a head that its config ties is what the target was made as: see ``head_as_in``.
-    Raises Refused where either stores two values of one tensor.
+    If the config of a source ties a stored head, the target decides which head is used; see
+    ``head_as_in``. Raises Refused if either stores two values of one tensor.
     """
     target = as_stored(check_copies(target))
     return head_as_in(check_copies(source), target), target
@@ -183,7 +183,7 @@ def checker(
             workers=workers,
             progress=progress,
             part=part,
-            count_overflows=False,  # they were counted when they were written
+            count_overflows=False,  # counted when the tensors were written
         )
         if not verification.holds:
             raise mismatch(source, summary(verification))
@@ -257,7 +257,7 @@ def _compare(
 
 
 def _same_on_each_rank(first: Whole, second: Whole, context: Context) -> bool:
-    """Whether as many ranks hold the same values, each its own: those of a GPT-NeoX source."""
+    """Whether both have equally many ranks with equal values, as in a GPT-NeoX source."""
     return len(first.shards) == len(second.shards) and all(
         compare("", whole_of(one), whole_of(other), context).kind == "equal"
         for one, other in zip(first.shards, second.shards, strict=True)
@@ -272,7 +272,7 @@ def _overflow(first: Whole, second: Whole, context: Context) -> int:
 
 
 def divided(difference: Difference, weight: Weight, second: Whole) -> Difference:
-    """Equal where a bias that was divided over ranks is but rounded on each, and in the sum."""
+    """Treat a bias that was divided over ranks as equal if it differs only by rounding."""
     if difference.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":
         allowed = (len(second.pieces) + 1) * _EPSILON.get(second.dtype, 0.0)
         if difference.relative <= allowed:
