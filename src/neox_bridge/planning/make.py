@@ -115,7 +115,7 @@ def relayout_command(checkpoint: Checkpoint, target: str) -> str:
     """The command that moves a model that only GPT-NeoX supports to another layout, or "".
 
     Whether the conversion works depends on the checkpoint. It is planned first, so that a refusal
-    does not advise a command that fails.
+    does not advise a command that fails. "" if planning fails, and for other checkpoints.
     """
     if checkpoint.neox is None:
         return ""

@@ -224,9 +224,9 @@ def _safetensors(tensors: Sequence[OutputTensor], options: Options) -> tuple[lis
 def _shards(tensors: Sequence[OutputTensor], options: Options) -> dict[str, list[OutputTensor]]:
     """The tensors of each file, by file name.
 
-    With ``--shards clone``, tensors that can share blocks with the source are grouped: tensors in
-    one file are contiguous, so only those that were contiguous in the source have the same block
-    offsets.
+    With ``--shards clone``, a file has tensors that can share blocks together. Tensors in a file
+    follow each other without gaps, so they keep their offsets within a block only if those offsets
+    fit together in the source.
     """
     together = shared_together(tensors) if options.shards == "clone" else [tensors]
     groups: list[list[OutputTensor]] = []
@@ -280,8 +280,7 @@ def _config_json(
     # keys that depend on this output and not on the model
     again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
     rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
-    # the tensors decide about the head, even if the record describes the model before it was
-    # trained
+    # the tensors decide about the head, even if the record describes the model before training
     head = (
         ("architectures", "id2label", "label2id") if config.reward and not _scored(original) else ()
     )
