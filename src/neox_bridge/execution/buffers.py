@@ -33,7 +33,7 @@ def room(number: int) -> "Callable[[int], Array]":
 
     rooms: dict[int, Array] = _kept.__dict__.setdefault("rooms", {})
     if number not in rooms:
-        # numpy requests huge pages from this size on
+        # numpy requests huge pages for allocations of at least this size
         rooms[number] = np.empty(ROOM_BYTES, np.uint8)
     kept, used = rooms[number], 0
 

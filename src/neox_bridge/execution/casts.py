@@ -73,7 +73,7 @@ def _rounded(values: "Array") -> "Array":
     word = np.uint32
     bits = values.view(word)
     size = bits & word(0x7FFFFFFF)
-    if size.max() >= word(0x477FF000):  # 65520, halfway to what would be 65536
+    if size.max() >= word(0x477FF000):  # 65520, halfway between 65504 and the overflow at 65536
         left: Array = values.astype(np.float16)
         return left
     out = size >> word(13)

@@ -10,7 +10,7 @@ from neox_bridge.progress import Begin, Count, Phase
 from neox_bridge.tensors.pieces import OutputTensor
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-Disks = tuple[int, int]  # st_dev of a source and of a target
+Disks = tuple[int, int]  # st_dev of the source and of the target
 How = Literal["shared", "copied", "transformed", "kept"]
 
 

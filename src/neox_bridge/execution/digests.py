@@ -1,4 +1,4 @@
-"""Hashes of files: XXH3 of 128 bits, which is as fast as memory, or SHA-256."""
+"""Hashes files with 128-bit XXH3, which is as fast as memory, or with SHA-256."""
 
 import hashlib
 import os

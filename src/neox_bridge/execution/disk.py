@@ -72,7 +72,7 @@ class DiskSink:
 
     def writer(self) -> DiskWriter:
         for name in os.listdir(self.work.folder):
-            if name.startswith(_ATTEMPTS):  # of a run that was killed
+            if name.startswith(_ATTEMPTS):  # left by a run that was killed
                 shutil.rmtree(os.path.join(self.work.folder, name), ignore_errors=True)
         attempts = os.path.join(self.work.folder, f"{_ATTEMPTS}{uuid.uuid4().hex}")
         os.mkdir(attempts)
@@ -135,7 +135,7 @@ class DiskSink:
             check_replaceable(self.job.target, self.job.step, planned)
 
     def _look_at_root(self, *, overwrite: bool) -> None:
-        """Decide which files are written beside the step if the target is an existing run."""
+        """Decide which files are written to the root if the target is an existing run."""
         step = self.job.step
         if step is None or replaced_by(self._real, step) == self._real:
             self._root_files = None
@@ -148,7 +148,7 @@ class DiskSink:
 
 
 def _arrange(work: Work, root_files: RootFiles) -> None:
-    """Give the finished files in the root of a run their names, and delete the others."""
+    """Rename finished files in the root of a run to their final names; delete the others."""
     for name in os.listdir(work.files):
         if name in (root_files.step, *LATEST):
             continue

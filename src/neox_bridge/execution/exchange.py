@@ -1,4 +1,4 @@
-"""Replaces a folder by another, atomically if the kernel supports it."""
+"""Replaces a folder with another, atomically if the kernel supports it."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ def swap(new: str, old: str) -> None:
         try:
             os.rename(old, aside)
             os.rename(new, old)
-        except BaseException:  # an interrupt may come after each
+        except BaseException:  # Ctrl-C may arrive after either rename
             if not os.path.lexists(old):
                 os.rename(aside, old)
             raise

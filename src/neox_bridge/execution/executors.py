@@ -118,7 +118,7 @@ class Processes:
 
 
 class _Call(Future[_T], Generic[_T]):
-    """The future of a call that may be retried. inner: the future of the current attempt."""
+    """The future of a call that may be repeated. inner: the future of the current attempt."""
 
     inner: "Future[_T]"
 
@@ -148,7 +148,7 @@ def _prepare(environment: Mapping[str, str] | None = None) -> None:
 
 
 def _nothing() -> None:
-    """The first call of each pool."""
+    """Do nothing: the first call of each pool, which starts the processes."""
 
 
 def _end_with_parent() -> None:
@@ -161,5 +161,5 @@ def _end_with_parent() -> None:
 
 
 def default_slots() -> int:
-    """One more than cores, because one waits for the disk."""
+    """Default number of processes: one more than cores, because one waits for the disk."""
     return 1 + min(16, os.cpu_count() or 1)

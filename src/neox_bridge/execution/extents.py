@@ -12,7 +12,7 @@ _EXTENT = struct.Struct("QQQ16xI12x")  # struct fiemap_extent: in the file, on t
 _ROOM = 128  # extents per request
 _SYNC = 1  # flush first, so that data that exists only in memory gets its own blocks
 _PLAIN = 0x1 | 0x1000  # LAST, MERGED: flags that do not concern the location of bytes
-SHARED = 0x2000  # with another file
+SHARED = 0x2000  # shared with another file
 _XFS = 0x8100587E  # XFS_IOC_FSGEOMETRY
 _ATTRIBUTES, _ATTRIBUTES_SIZE, _REALTIME = 0x801C581F, 28, 0x1  # FS_IOC_FSGETXATTR
 _BTRFS = 0x8400941F  # BTRFS_IOC_FS_INFO
@@ -42,7 +42,7 @@ def same_blocks(one: int, start: int, other: int, to: int, size: int) -> bool:
 
 
 def _disk(fd: int) -> object:
-    """Identifies the block numbering of a file: equal ones make numbers comparable."""
+    """Identify the block numbering of a file. Block numbers are comparable only if it is equal."""
     argument = bytearray(_ARGUMENT_BYTES)
     try:
         fcntl.ioctl(fd, _XFS, argument)
@@ -53,7 +53,7 @@ def _disk(fd: int) -> object:
         )  # the fsid covers all disks and subvolumes, whose st_dev differ
     argument = bytearray(_ATTRIBUTES_SIZE)
     fcntl.ioctl(fd, _ATTRIBUTES, argument)
-    realtime = int.from_bytes(argument[:4], sys.byteorder) & _REALTIME  # a separate realtime disk
+    realtime = int.from_bytes(argument[:4], sys.byteorder) & _REALTIME  # XFS realtime device
     return None if realtime else os.fstat(fd).st_dev
 
 

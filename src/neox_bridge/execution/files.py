@@ -38,7 +38,7 @@ class _Handle:
 
 @dataclass
 class Files:
-    """Descriptors by path and flags. The least recently used one is closed first."""
+    """File descriptors by path and flags. The least recently used one is closed first."""
 
     _open: "OrderedDict[tuple[str, int], _Handle]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -61,7 +61,7 @@ class Files:
         return self._take((path, os.O_WRONLY))
 
     def close(self) -> None:
-        """Close all files, when no thread is running."""
+        """Close all files. Call it only when no thread is running."""
         if self._ranges is not None:
             self._ranges.close()
         with self._lock:

@@ -18,7 +18,7 @@ from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
 
-LATEST = ("latest", "latest_universal")  # the file of a run that names its newest step
+LATEST = ("latest", "latest_universal")  # the file in a run's root that names its newest step
 _STEP = re.compile(r"global_step\d+(_universal)?")
 
 
@@ -31,7 +31,7 @@ class Moves:
         replace: Whether an existing folder is replaced.
         folder: Device and inode of the folder that is moved, to distinguish it from the folder
             that it replaces.
-        beside: Files that are written beside the step, in the root of the run.
+        beside: Files that are written into the root of the run, next to the step.
         retired: Files in the root of the run that are replaced or obsolete.
     """
 
@@ -44,7 +44,7 @@ class Moves:
 
 @dataclass(frozen=True)
 class RootFiles:
-    """The files and folders beside a step: which are written, and which are removed.
+    """The files and folders in the root of a run: which are written, and which are removed.
 
     step: the step of the plan. names: the names that files and folders of the plan get; files
     without a name are not written. retired: files of the run that are removed.
@@ -156,7 +156,7 @@ def _complete(work: Work, target: str, moves: Moves) -> bool:
 
 
 def _starts(name: str) -> bool:
-    """Whether a name is a start-up yml of a run, and not a copy beside an edited one."""
+    """Whether a name is a start-up yml of a run, and not a copy written next to an edited one."""
     return name.endswith(".yml") and ".new" not in name
 
 

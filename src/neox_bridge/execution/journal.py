@@ -27,7 +27,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What must be equal to resume a run. sources: the ``identities`` of the files."""
+    """The facts that must be equal to resume a run. sources: the ``identities`` of the files."""
 
     plan: str
     sources: Mapping[str, Identity]
@@ -55,18 +55,18 @@ def resume(
     context: Context | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Written]:
-    """The files that an earlier run finished, by their paths; all else is removed.
+    """Find the files that an earlier run finished, by path, and remove all others.
 
-    Each file is read and compared with its hash, as a phase of its own. Afterwards the journal
-    holds these and no others.
+    Reads each file in a separate phase and compares it with its hash. Afterwards, the journal
+    contains only these files.
 
     Args:
         work: The folder with the files.
-        key: What must be the same.
-        planned: The paths of the plan; a journal that somebody else wrote can't name others.
-        context: Is told how far the reading is.
-        sizes: Of the plan's files. A model card has another one if the earlier run was verified
-            and this one is not.
+        key: The facts that must be equal.
+        planned: The paths of the plan. Other paths in the journal are ignored.
+        context: Receives the reading progress.
+        sizes: The file sizes of the plan. The size of a model card differs if the earlier run was
+            verified and this one is not.
     """
     context = context or Context()
     finished = {
@@ -134,7 +134,7 @@ def _read(journal: str, key: Key) -> Iterator[tuple[str, Written]]:
 
 
 def _whole(path: str, written: Written, name: HashName, context: Context) -> bool:
-    """Whether a file is what its line says."""
+    """Whether a file matches its line in the journal."""
     left = written.size
 
     def count() -> None:

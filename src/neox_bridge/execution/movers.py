@@ -22,7 +22,7 @@ CHUNK_BYTES = 16 << 20  # per kernel copy, so that progress is updated and Ctrl-
 BUFFER_BYTES = 1 << 20
 # a file descriptor, all bytes of a small file, or an object of a store
 Target: TypeAlias = "int | memoryview | Stream"
-SEND_BYTES = 1 << 20  # fewer wait for more
+SEND_BYTES = 1 << 20  # smaller amounts wait until more is written
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # linux/fs.h; in fcntl since Python 3.12
 _RANGE = struct.Struct("qQQQ")  # struct file_clone_range: fd, offset, length, offset in the target
@@ -34,9 +34,10 @@ def move(
 ) -> int | None:
     """Copy ``size`` bytes of a file to a target; all numbers are bytes.
 
-    crc: the CRC-32 of the preceding bytes of the record, or None if not needed. Returns it with
-    these bytes added, or None if the kernel copied bytes without reading them; with ``every_crc``,
-    all bytes are read. Raises BridgeError if the source is too short or cannot be read.
+    crc: the CRC-32 of the preceding bytes of the record, or None if not needed. Returns the CRC-32
+    including these bytes, or None if the kernel copied bytes without reading them; with
+    ``every_crc``, all bytes are read. Raises BridgeError if the source is too short or cannot be
+    read.
     """
     see = crc is not None and context.every_crc
     with context.files.reading(source) as fd:
@@ -208,7 +209,7 @@ def _buffered(
 def _sum(
     fd: int, source: str, span: tuple[int, int], context: Context, crc: int | None
 ) -> int | None:
-    """Add bytes of the source to a CRC-32 that were not read yet."""
+    """Read bytes of the source that were not read yet, and add them to a CRC-32."""
     start, size = span
     buffer = memoryview(buffers.buffer(3, BUFFER_BYTES))
     while crc is not None and size:

@@ -1,8 +1,9 @@
 """A target folder in an object store. It is complete once its record exists.
 
 Objects are written atomically: ``neox_bridge.json`` after all others were written and checked, then
-``latest``. ``.neox-bridge/KEY/`` next to them contains a small object, a mark, for each finished
-object, so that any machine can resume a stopped run. KEY identifies plan, sources and hash.
+``latest``. For each finished object, ``.neox-bridge/KEY/`` in the same folder contains a small
+object, the mark, so that any machine can resume a stopped run. KEY identifies plan, sources and
+hash.
 """
 
 import json
@@ -48,8 +49,8 @@ from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.wording import plural
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-_REQUESTS = 16  # at a time
-_REQUEST_BYTES = 1 << 20  # a request takes as long as transferring this many bytes
+_REQUESTS = 16  # requests at a time
+_REQUEST_BYTES = 1 << 20  # bytes that are transferred in the time that a request takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class ObjectWriter:
     Attributes:
         url: The folder that the paths of the plan are relative to.
         marks: The folder of the marks.
-        root_files: The step that is replaced and the files beside it, if ``url`` is an existing
+        root_files: The step that is replaced and the files in the root, if ``url`` is an existing
             GPT-NeoX run.
     """
 
@@ -150,11 +151,11 @@ class ObjectSink:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A block whose errors say what remains in the target."""
+        """A block whose errors report what remains in the target."""
         try:
             yield
         except Unverified as error:
-            self._clear_work()  # a failure here matters less than the verdict
+            self._clear_work()  # a failure here must not hide the verdict
             raise Unverified(
                 f"{error} {self._url} is kept for inspection, without its neox_bridge.json. "
                 "Delete it, or convert again with `overwrite=True`."
@@ -172,7 +173,7 @@ class ObjectSink:
         return [f for f in files if not f.seals and f.path not in following and self._has(f.path)]
 
     def write(self, files: Sequence[OutputFile], workers: int) -> None:
-        """Object after object, the largest first."""
+        """Write one object after another, largest first."""
 
         def write(file: OutputFile) -> None:
             self.job.done[file.path] = self._writer.write_one(file, self.job.context)
@@ -187,7 +188,7 @@ class ObjectSink:
         self.job.done.update(files)
 
     def lost(self) -> list[OutputFile]:
-        """Objects that the store confirmed but lost. Raises Unreachable if this happens twice.
+        """Find objects that the store confirmed but lost. Raises Unreachable if this happens twice.
 
         Lists the folder once. Missing objects are requested again, because a listing may be
         outdated.
@@ -217,9 +218,9 @@ class ObjectSink:
         self._last |= {place(file.path): file.literals[0][1] for file in following}
 
     def verify(self, check: Check | None) -> None:
-        """This process sees the records and ``latest`` as if they were already written.
+        """Check the target as if the records and ``latest`` were already written.
 
-        ``objects.pending_now`` passes this view to other processes.
+        ``objects.pending_now`` shares this view with other processes.
         """
         remove(self._stale)
         if check is not None:
@@ -279,7 +280,7 @@ class ObjectSink:
 
             root_files = root_files_of(job.plan, url, step, overwrite=job.overwrite)
         self._writer = ObjectWriter(url, marks, job.key.hash, root_files)
-        # without --overwrite, other objects were added by somebody in the meantime
+        # without --overwrite, any other objects were added by another program in the meantime
         self._stale = tuple(sorted(set(there) - planned)) if job.overwrite else ()
         if begun:
             job.done.update(self._finished(there))
@@ -343,7 +344,7 @@ class ObjectSink:
         return kept_files(f"{self._url}, without its neox_bridge.json", len(self.job.done))
 
     def _clear_work(self) -> str:
-        """Delete the files for resuming, also of other plans. Returns why that failed, or ""."""
+        """Delete the files for resuming, of any plan. Returns why that failed, or ""."""
         try:
             remove(u for u in below(f"{self._url}/{WORK}") if u != self._lock.url)
         except BridgeError as error:
@@ -360,7 +361,7 @@ def _check_replaceable(url: str, there: Mapping[str, FileState], planned: set[st
 
 
 def _put_surely(url: str, data: bytes) -> None:
-    """Write a small object and check that it exists; write it again if the store lost it."""
+    """Write a small object, check that it exists, and write it again if the store lost it."""
     for _ in range(2):
         put_small(url, data)
         if not _lost({url: len(data)}):
@@ -414,7 +415,7 @@ def _names(url: str) -> list[str]:
 
 
 def _read_begun(url: str) -> tuple[RootFiles | None] | None:
-    """The decisions of an earlier run of the same plan about files beside the step, if any."""
+    """The decisions of an earlier run of the same plan about files in the root, if any."""
     try:
         size = look(url, again=True).size
     except Unreachable:

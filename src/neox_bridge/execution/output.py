@@ -19,7 +19,7 @@ from neox_bridge.execution.write_tensor import fill_tensor, write_tensor
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
-SMALL_BYTES = 1 << 20  # of files that are assembled in memory
+SMALL_BYTES = 1 << 20  # largest file that is assembled in memory
 _GROUP_BYTES = 128 << 20  # flushed together
 _FLUSH_BYTES = 1 << 17  # the cost of a flush when tasks are grouped
 

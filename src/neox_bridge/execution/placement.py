@@ -41,7 +41,7 @@ class View:
     local: bool = False
 
 
-Views = Mapping[str, View]  # by folder
+Views = Mapping[str, View]  # views by folder
 
 
 def reaches(places: Callable[..., Places]) -> Callable[[_Call], _Call]:

@@ -68,8 +68,8 @@ class _Call(Future[Any]):
 class _Member:
     """A node of the cluster.
 
-    code: whether it has this process's code; None until it answers. running: calls. views: of the
-    folders that calls need now. asked: folders that it was asked about and has not answered yet.
+    code: whether it has the same code as this process; None until it answers. running: its calls.
+    views: its views of the folders that calls need now. asked: folders with a pending request.
     """
 
     node: Node
@@ -90,8 +90,8 @@ class RayCluster:
     ) -> None:
         """Join or start a cluster. address and exceptions: see ``connect``.
 
-        workers: calls at a time; None for as many as the cluster has CPUs. tell: is called with a
-        sentence for each node that is lost or left out.
+        workers: calls at a time; by default, the number of CPUs in the cluster. tell: called with a
+        sentence for each node that is lost or not used.
         """
         self._ray = ray_module()
         self._leaves, same = connect(address, workers)
@@ -104,13 +104,13 @@ class RayCluster:
         self._members: dict[str, _Member] = {}
         self._excluded: set[str] = set()  # ids of nodes that get no more calls
         self._needed: Counter[str] = Counter()  # calls by the folders that they need
-        self._running: dict[_Call, Any] = {}  # what Ray knows them by
+        self._running: dict[_Call, Any] = {}  # the objects by which Ray identifies them
         self._alone_since: float | None = None
         self._looked = 0.0
         self._closing = False
         # the exception with which all calls end from now on
         self._failure: BridgeError | None = None
-        self._lock = threading.Lock()  # of that
+        self._lock = threading.Lock()  # the cause of that exception
         self._folder = os.path.abspath(os.curdir)
         self._ask = asker()
         self._code = self._ask()
@@ -236,7 +236,7 @@ class RayCluster:
     def _start(self, call: _Call, unknown: set[frozenset[str]]) -> bool:
         """Send a call to a node. Returns False if no suitable node is free.
 
-        unknown: gets the call's folders where no node has said yet what it sees of them.
+        unknown: collects folders of the call for which no node has reported a view yet.
         """
         for member in self._members.values():
             if member.code:
@@ -265,7 +265,7 @@ class RayCluster:
         return True
 
     def _task(self, member: _Member, cpus: int, call: Any, args: tuple[Any, ...], then: Any) -> Any:
-        """A task of Ray's on a node; ``then`` is called with its future, in this thread."""
+        """Start a Ray task on a node. ``then`` is called with its future, in this thread."""
         ref = self._tasks[call].options(**on_node(member.node, cpus)).remote(*args)
         ref.future().add_done_callback(lambda answer: self._events.put(partial(then, answer)))
         return ref
@@ -312,7 +312,8 @@ class RayCluster:
     def _views_answered(self, member: _Member, folders: list[str], answer: "Future[Any]") -> None:
         member.asked.difference_update(folders)
         if self._has_answer(member, answer):
-            # a file that is also missing here is not the fault of the node: the call reports it
+            # if the file is also missing here, the node is not at fault, and the call reports the
+            # error
             gone = dict.fromkeys(folders, View(frozenset()))
             views = {**gone, **answer.result()}
             member.views |= {folder: v for folder, v in views.items() if self._needed[folder]}

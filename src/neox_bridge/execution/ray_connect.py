@@ -15,7 +15,7 @@ from neox_bridge.extras import install_command
 
 _ANSWER_SECONDS = 60.0  # how long a node may take to report its code
 _REACH_SECONDS = 5.0  # how long a cluster may take to answer
-_STORE_BYTES = 128 << 20  # object store of a Ray that is started here; units are small
+_STORE_BYTES = 128 << 20  # object store size if Ray is started here; units are small
 _START = (
     "Start one with `ray start --head`, give its `address=HOST:PORT`, or use `address=local` for "
     "this machine only."
@@ -52,8 +52,8 @@ def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
     """Join a cluster and make sure that every node has the same code. Sends the code if needed.
 
     Args:
-        address: HOST:PORT. ``auto``: the cluster of RAY_ADDRESS, or the one that runs here.
-            ``local``: start one of this machine alone.
+        address: HOST:PORT. ``auto``: the cluster of RAY_ADDRESS, or the one that runs on this
+            machine. ``local``: start one on this machine only.
         workers: The CPUs of a cluster that is started here.
 
     Returns:
@@ -201,7 +201,7 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
 
 
 def difference(code: tuple[str | None, str], code_here: tuple[str | None, str]) -> str:
-    """What is wrong with the answer of a node to ``asker``; "" if it has the same code."""
+    """How the code of a node differs, from its answer to ``asker``; "" if it is the same."""
     if code == code_here:
         return ""
     if code[0] is None:

@@ -1,4 +1,4 @@
-"""What an execution did."""
+"""The result of an execution."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,21 +10,21 @@ from neox_bridge.planning.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Bytes by how they got there, and what was noticed on the way.
+    """How many bytes were written in which way, and the findings.
 
     Attributes:
         target: The folder or URL that was written.
         files: How many files it has.
         size: Bytes of all files.
-        shared: Bytes that lie in blocks of the source's files now (reflink) and take no space.
+        shared: Bytes that share blocks with source files (reflink) and take no space.
         copied: Bytes that the kernel moved (copy_file_range) or that passed through unchanged.
         transformed: Bytes that numpy computed: strided, cast, summed, filled.
         kept: Bytes of files that an earlier run of the same plan had finished.
-        seconds: Of writing and verifying.
+        seconds: The time for writing and verifying.
         findings: Replicas that differed, values that became non-finite in a cast.
         source: The source as the caller named it.
         verified: Whether the result was compared with the source; None if there is no source.
-        plan: What was executed.
+        plan: The executed plan.
     """
 
     target: str

@@ -1,4 +1,4 @@
-"""The files beside the steps of a GPT-NeoX run: start-up ymls, tokenizer/ and huggingface/.
+"""The files in the root of a GPT-NeoX run: start-up ymls, tokenizer/ and huggingface/.
 
 A file that neox-bridge wrote and nobody edited (its hash is in the records of the steps) is
 replaced by the file of the new step. An edited file is kept, and contradictions are reported.
@@ -32,9 +32,9 @@ _UNIVERSAL = ("resume_universal.yml",)  # started by latest_universal
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that gets a step. written: see ``written_above``. others: its other steps.
+    """An existing run that gets a step. written: see ``written_above``. others: its other steps.
 
-    model: one of its checkpoints, or None. unlike: the keys in which its model differs.
+    model: one of its checkpoints, or None. unlike: the config keys in which that model differs.
     """
 
     path: str
@@ -55,7 +55,7 @@ class _Changes:
 
 
 def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFiles:
-    """Decide what a conversion writes beside the step in an existing run. Only reads.
+    """Decide what a conversion writes into the root of an existing run. Writes nothing.
 
     Raises Refused if the run is of another model and ``overwrite`` is not set, or if its edited
     tokenizer does not match this model.
@@ -147,7 +147,7 @@ def _strangers(run: _Run, step: str) -> list[Finding]:
 
 
 def _add_start(plan: Plan, file: OutputFile, run: _Run, changes: _Changes) -> None:
-    """Add a start-up yml: replace an unedited one, or write it beside an edited one."""
+    """Add a start-up yml: replace an unedited one, or write it next to an edited one."""
     name = file.path
     if name not in run.names:
         changes.names[name] = name
@@ -180,7 +180,7 @@ def _add_start(plan: Plan, file: OutputFile, run: _Run, changes: _Changes) -> No
 
 
 def _free(run: _Run, name: str, new: bytes) -> str | None:
-    """A free name beside an edited yml, or that of an unedited one; None if it already exists."""
+    """A free name next to an edited yml, or that of an unedited one; None if it already exists."""
     stem, number = name[:-4], 1
     while True:
         beside = f"{stem}.new{'' if number == 1 else f'-{number}'}.yml"
@@ -195,7 +195,7 @@ def _free(run: _Run, name: str, new: bytes) -> str | None:
 def _contradictions(plan: Plan, old: str, new: bytes, *, whole: bool = True) -> list[str]:
     """Describe the keys of a start-up yml that contradict the checkpoint.
 
-    whole: whether one that is missing counts.
+    whole: whether a missing key counts as a contradiction.
     """
     planned = parse_yml(new, old)
     try:
@@ -277,13 +277,13 @@ def _add_carried(plan: Plan, run: _Run, changes: _Changes) -> None:
 
 
 class _Folder:
-    """A folder beside the steps, as it is and as a plan has it.
+    """A folder in the root of a run: its current and its planned content.
 
     Attributes:
-        path: Where it is.
-        planned: The plan's files in it, by their paths below the run.
+        path: Its path.
+        planned: The planned files in it, by their paths relative to the run.
         fits: Whether it needs no change.
-        is_pristine: Whether all of it is as conversions wrote it, or it does not exist.
+        is_pristine: Whether no file was edited since conversions wrote it; true if it is missing.
     """
 
     def __init__(self, plan: Plan, run: _Run, name: str) -> None:
@@ -298,7 +298,7 @@ class _Folder:
         self.is_pristine = is_folder and all(_pristine(run, path) for path in there)
 
     def replace(self, changes: _Changes) -> None:
-        """Put the plan's files in its place."""
+        """Replace it with the planned files."""
         if self.exists:
             changes.retired.append(self.name)
         if self.planned:

@@ -70,8 +70,8 @@ class Job:
             folder = os.path.dirname(file.path)
             files = dict(done)
             for path, written in done.items():
-                # files beside a step may be replaced later only if the record proves that they are
-                # unedited
+                # files in the root of a run may be replaced later only if the record proves that
+                # they are unedited
                 if folder and not path.startswith(f"{folder}/") and written.hash is None:
                     digest = hash_file(place(path), hash_name or "xxh3_128")
                     files[path] = Written(written.size, digest)
@@ -114,7 +114,7 @@ class Sink(Protocol):
     findings: tuple[Finding, ...]
 
     def opened(self) -> AbstractContextManager[bool]:
-        """Lock the target for this run, and tell the job which files an earlier run finished.
+        """Lock the target for this run, and add the files that an earlier run finished to the job.
 
         Yields whether an earlier run finished everything, so that only ``clear`` is left. An error
         in the block is raised again with a note about what is kept.

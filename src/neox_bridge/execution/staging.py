@@ -1,4 +1,4 @@
-"""Writes a target atomically: into a folder beside it, flushed, then renamed."""
+"""Writes a target atomically: into a folder next to it, which is flushed and then renamed."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ def check_target(
     real = os.path.realpath(target)
     replaced = replaced_by(real, step)
     for source in () if in_place else sources:
-        # both the link and its file, because a Hugging Face cache is a folder of links
+        # both a link and the file it points to, because a Hugging Face cache is a folder of links
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
         if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
             raise contains_source(target, source)
@@ -100,8 +100,8 @@ def holds_others(target: str, names: list[str]) -> Refused:
 def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
     """Raise BridgeError if the disk does not have enough free space.
 
-    shared: called only then: how many of these bytes need no space, because they share blocks with
-    a source.
+    shared: called only in this case. Returns how many of these bytes need no space, because they
+    share blocks with a source.
     """
     parent = _nearest(os.path.dirname(os.path.realpath(target)))
     free = shutil.disk_usage(parent).free
@@ -122,7 +122,7 @@ def is_run(folder: str) -> bool:
 
 @contextlib.contextmanager
 def staged(target: str, size: int) -> Iterator[Work]:
-    """A locked work folder beside the target. The block writes and installs the files.
+    """A locked work folder next to the target. The block writes and installs the files.
 
     After an interrupt, a disk error or an unreachable store, the finished files are kept for the
     next run. After any other error, nothing is kept. Errors of the file system become a
@@ -176,7 +176,7 @@ def sweep(target: str) -> Finding | None:
     real = os.path.realpath(target)
     work = work_of(real)
     if os.path.isdir(work.folder) and (is_begun(work) or not os.path.isdir(work.files)):
-        # or another process is cleaning up
+        # suppressed: another process is already cleaning up
         with contextlib.suppress(BridgeError), locked(work, target):
             try:
                 settle(work, real)

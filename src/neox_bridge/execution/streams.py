@@ -43,7 +43,7 @@ class Stream:
         self._add(memoryview(data))
 
     def literal(self, data: bytes, to: int) -> None:
-        """The same for bytes that may contain places."""
+        """Write bytes that may contain places."""
         patched = bytearray(data)
         for place in [p for p in self._kept if to <= p < to + len(data)]:
             kept = self._kept.pop(place)

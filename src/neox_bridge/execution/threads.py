@@ -9,7 +9,7 @@ from functools import partial
 from neox_bridge.execution.context import Context, Stopped
 
 Task = tuple[int, Callable[[], None]]  # the bytes that a task writes, and the function to call
-_BATCH_BYTES = 1 << 20  # of tasks that a thread runs as one group
+_BATCH_BYTES = 1 << 20  # total bytes of tasks that a thread runs as one group
 _BATCH_TASKS = 64
 
 
@@ -31,7 +31,7 @@ class _Last:
 
 
 def followed(tasks: Iterable[Task], then: Callable[[], None]) -> list[Task]:
-    """The tasks, of which the last to end calls ``then``; only ``then`` if there are none."""
+    """Wrap tasks so that the last one to end calls ``then``; only ``then`` if there are none."""
     listed = list(tasks)
     last = _Last(len(listed), then)
     return [(size, partial(last.run, task)) for size, task in listed] or [(0, then)]

@@ -10,7 +10,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_range, hasher
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
-_LEAST_BYTES = 8 << 20  # worth hashing at once
+_LEAST_BYTES = 8 << 20  # minimum bytes to hash at once
 
 
 class Trail:

@@ -278,7 +278,7 @@ def _settle(mean: "Array", parts: "tuple[Array, ...]") -> float:
 
 
 def _counted(values: "Array", dtype: "np.dtype[Any]", lost: list[int]) -> "Array":
-    """``cast``, and append to ``lost`` how many finite values became infinite or NaN."""
+    """Call ``cast``, and append to ``lost`` how many finite values became infinite or NaN."""
     if values.dtype == dtype:
         return values
     import numpy as np
@@ -349,7 +349,7 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     import numpy as np
 
     context.check()
-    piece = replace(piece, scale=1.0)  # which changes neither zeros nor signs
+    piece = replace(piece, scale=1.0)  # which keeps zeros and signs
     zero = element(piece.source.dtype if piece.source is not None else tensor.dtype, -0.0)
     if (data := _small(tensor, piece, context)) is not None:
         return data[1] == zero * (len(data[1]) // len(zero))

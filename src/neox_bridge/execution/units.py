@@ -20,7 +20,7 @@ from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputFile
 
 _T = TypeVar("_T")
-_UNIT_BYTES = 128 << 20  # of files that are written and flushed together
+_UNIT_BYTES = 128 << 20  # total bytes of files that are written and flushed together
 _UNIT_FILES = 64
 _LISTEN_SECONDS = 0.5  # how often a request to stop is checked
 _AHEAD = 2  # waiting units per process

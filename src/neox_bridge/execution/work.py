@@ -1,4 +1,4 @@
-"""The work folder beside a target, in which it is written. One process at a time; resumable.
+"""The work folder next to a target, in which it is written. One process at a time; resumable.
 
 ``.NAME.neox-bridge/`` holds ``lock``, ``journal`` and ``files/``, which becomes the target. Later
 it also holds ``moves``, and ``retired/`` with replaced files of a run's root (see ``install``).

@@ -33,7 +33,7 @@ def write_tensor(tensor: OutputTensor, path: str, context: Context) -> None:
 
 
 def fill_tensor(tensor: OutputTensor, target: Target, context: Context) -> None:
-    """The same, into an open file or into the zeroed bytes of a small file in memory."""
+    """``write_tensor`` into an open file or into the zeroed bytes of a small file in memory."""
     crc = _write(tensor, target, context, 0 if tensor.crc_at else None)
     if crc is not None:
         for place in tensor.crc_at:
