@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-_ATTRIBUTES = ".gitattributes"  # a file of the Hub that lists the files in LFS
+_ATTRIBUTES = ".gitattributes"  # a file of the Hub that lists which files are stored in LFS
 _LATEST = "latest"
 _WEIGHTS = re.compile(r".*\.(?:safetensors|bin|pt|pth|index\.json)|(?:.*/)?neox_bridge\.json")
 _STEP = re.compile(r"global_step\d+/.*")

@@ -26,7 +26,7 @@ from neox_bridge.wording import some
 
 _TRIES_UNANSWERED = 3  # before the cache is used instead
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.*))?")
-_NEAREST_STEPS = 4  # in an error
+_NEAREST_STEPS = 4  # maximum number in an error message
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class Bucket:
         except Exception as error:
             if not retry.is_unknown(error):
                 raise
-            # an S3 server without conditional writes: a check that is not atomic must do
+            # this S3 server has no conditional writes, so the check cannot be atomic
             with contextlib.suppress(FileNotFoundError):
                 self.head(url)
                 return False

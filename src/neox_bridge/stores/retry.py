@@ -19,7 +19,7 @@ FIRST_SECONDS, LONGEST_SECONDS = 0.4, 10.0  # wait between two tries
 # the longest wait that a server may request; the Hub counts requests per 300 seconds
 _LONGEST_WAIT_SECONDS = 600.0
 _SAID_SECONDS = 5.0  # longer waits are logged
-# exceptions by name, because none of their libraries must be installed
+# exceptions by name, because their libraries may not be installed
 _PASSING = {
     *("ClientPayloadError", "ClientConnectionError", "FSTimeoutError", "TransportError"),
     *("SSHException", "HTTPException"),

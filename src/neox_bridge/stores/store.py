@@ -66,7 +66,7 @@ class Store(Protocol):
         """Write an object unless it exists. Returns whether it was written."""
 
     def remove(self, url: str) -> None:
-        """Delete an object. A missing object may raise FileNotFoundError."""
+        """Delete an object. Raises FileNotFoundError, or nothing, if it is missing."""
 
     def upload(self, url: str, size: int) -> Upload:
         """Start an upload of ``size`` bytes."""
