@@ -1,1 +1,1 @@
-"""What is wrong with a checkpoint, where it loads, and the command that fixes it."""
+"""Finds out what is wrong with a checkpoint, where it loads, and which command fixes it."""

@@ -1,4 +1,4 @@
-"""The one command that fixes what a message is about, with the user's own paths."""
+"""Finds the one command that fixes the problem in a message, with the user's paths."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from neox_bridge.frameworks.targets import Target, name_of, words_for
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.wording import some
 
-# How a plain text of a diagnosis names what the user has to fill in.
+# Placeholders in the text of a diagnosis that the user must fill in.
 _CHECKPOINT, _NEW, _TREE = "CHECKPOINT", "NEW", "TREE"
 _BY_DATE = (
     "name the tree by its date: `era=neox@2024-03` before 2024-03-04, neox@2024-09 until "
@@ -28,7 +28,7 @@ _RESHARD = frozenset({"for", "layout", "tp", "dp"})
 _FRAME = re.compile(r'File "(/[^"\n]+?)/(?:megatron/|train\.py|generate\.py|deepy\.py)')
 _DENSE = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h|w[123])\.\w+"
 _LAYER = re.compile(r"^(?:module\.)?sequential\.(\d+)\.|(?<=layers\.)(\d+|\{[^}]*\})(?=\.)")
-# Several trees print the same message: the user has to name the tree.
+# Several trees print the same message, so the user must name the tree.
 ANY_TREE = "neox:TREE"
 
 
@@ -37,18 +37,18 @@ class Advice:
     """What a message means, and what to do.
 
     Attributes:
-        causes: What was recognized.
-        missing: The missing keys without the number of their layer, each once.
+        causes: The recognized causes.
+        missing: The missing keys without layer numbers and duplicates.
         unexpected: The unexpected keys in the same form.
-        fix: The command, or the setting, that fixes all causes; "" if there is no single one.
+        fix: The command or setting that fixes all causes; "" if there is no single one.
         others: Other ways.
         more: Links.
         wrong: Tensors of another shape, with both shapes.
-        layers: How many layers the keys are in; 0 if unknown.
-        steps: Everything that has to be done, in this order.
-        framework: What did not load the checkpoint, for people; "" if unknown.
-        unnamed: The words in these steps that stand for paths that the user did not name.
-        contradiction: Why the message is not about the checkpoint; "" if it can be.
+        layers: The number of layers that contain the keys; 0 if unknown.
+        steps: All steps of the fix, in order.
+        framework: The framework that did not load the checkpoint, for display; "" if unknown.
+        unnamed: Placeholders in these steps for paths that the user did not give.
+        contradiction: Why the message cannot be about the checkpoint; "" if it can.
     """
 
     causes: tuple[Diagnosis, ...]
@@ -68,7 +68,7 @@ class Advice:
 def advise(
     text: str, path: str = "", checkpoint: Checkpoint | None = None, target: Target | None = None
 ) -> Advice | None:
-    """What a pasted message means, and the one command that fixes it.
+    """Explain a pasted message, and find the one command that fixes it.
 
     Args:
         text: The output of the framework.
@@ -103,10 +103,10 @@ def advise(
         for cause in causes
     ]
     steps = list(dict.fromkeys(cause.remedy for cause in filled))
-    if fix:  # first, since it writes the checkpoint that the other steps are about
+    if fix:  # first, because it writes the checkpoint that the other steps use
         fix = _filled(fix, path, new, tree)
         steps = [fix, *(step for step in steps if step != fix)]
-    # What helps against one of several causes would end in the next error.
+    # The fix of only one of several causes would end in the next error.
     others = filled[0].others if len(filled) == 1 else ()
     if options.get("for") == ANY_TREE:
         others = (_BY_DATE, *others)
@@ -133,10 +133,10 @@ def advise(
 
 
 def is_among(advice: Advice, findings: Iterable[Finding]) -> bool:
-    """Whether the findings of a checkpoint explain all that its message names.
+    """Whether the findings of a checkpoint explain everything in its message.
 
-    Their fix is then the better one, because it also knows what the message does not name. A
-    cause without keys of tensors is explained by a finding about the same change of a framework.
+    Their fix is then better, because it also covers problems that the message does not name. A
+    cause without tensor keys is explained by a finding about the same framework change.
     """
     errors = [finding.details for finding in findings if finding.severity == "error"]
     keys = {key for one in errors for key in (*one.missing, *one.unexpected)}
@@ -185,7 +185,7 @@ def _about_another(
 
 
 def _for_checkpoint(cause: Diagnosis, checkpoint: Checkpoint | None) -> Diagnosis:
-    """A diagnosis with what the checkpoint tells: its settings, and the options that follow."""
+    """Complete a diagnosis with settings of the checkpoint and the options that they require."""
     state = checkpoint.neox if checkpoint is not None else None
     if checkpoint is None or checkpoint.has_optimizer:
         cause = replace(cause, others=(*cause.others, *cause.others_with_states))
@@ -211,7 +211,7 @@ def _for_checkpoint(cause: Diagnosis, checkpoint: Checkpoint | None) -> Diagnosi
 def _is_settled(cause: Diagnosis, options: Mapping[str, str]) -> bool:
     """Whether the command with these options fixes a cause."""
     if cause.needs:
-        # a target that the user named takes the place of the one that a cause needs
+        # a target that the user named replaces the one that a cause needs
         return all(
             options.get(name) == value or (name == "for" and name in options)
             for name, value in cause.needs
@@ -226,7 +226,7 @@ def _options(
     target: Target | None,
     tree: str | None,
 ) -> dict[str, str]:
-    """The options of the one command that fixes all that the causes need."""
+    """The options of the one command that fixes all causes."""
     options = {key: value for cause in causes for key, value in cause.needs}
     expected = expected_by(message)
     by_keys = convert_options(expected, checkpoint)
@@ -238,7 +238,7 @@ def _options(
     elif tree is not None and by_keys:
         by_keys = {"for": f"neox:{tree}"}
         if expected.names != "dense" and expected.buffer == "store":
-            by_keys["inv-freq"] = "store"  # the yml of that tree asks for it
+            by_keys["inv-freq"] = "store"  # the yml of that tree sets it
     options = {**by_keys, **options}
     if "dp" in options and not options.keys() <= _RESHARD:
         del options["dp"]  # reshard does not take the other options
@@ -256,13 +256,13 @@ def _command(options: Mapping[str, str], resumes: bool) -> Command:
 
 
 def _new_path(path: str, era: str) -> str:
-    """A folder beside the checkpoint that does not exist yet."""
+    """A new folder next to the checkpoint."""
     match = re.search(r"@([\w.-]+)$", era)
     return free_folder(path, match[1] if match else "fixed") if path else ""
 
 
 def _filled(text: str, path: str, new: str, tree: str | None) -> str:
-    """The text with the user's own paths, quoted for a shell."""
+    """The text with the user's paths, quoted for a shell."""
     filled = text
     for word, value in ((_CHECKPOINT, path), (_NEW, new), (_TREE, tree)):
         if value:
@@ -271,14 +271,14 @@ def _filled(text: str, path: str, new: str, tree: str | None) -> str:
 
 
 def _blocks(keys: Iterable[str]) -> tuple[str, ...]:
-    """Keys without the number of their block or layer, each once."""
+    """Keys without block or layer numbers and duplicates."""
     return tuple(dict.fromkeys(_LAYER.sub(lambda m: "" if m[1] else "*", key) for key in keys))
 
 
 def _layers(message: Message, checkpoint: Checkpoint | None) -> int:
     """In how many layers the keys are missing or unexpected.
 
-    A pipeline stage stops at its first layer, so that the checkpoint knows it better.
+    A pipeline stage stops at its first layer, so the checkpoint gives a better number.
     """
     keys = [*message.missing, *message.unexpected]
     inside = [key for key in keys if re.search(r"attention\.|mlp\.", key)]
@@ -291,7 +291,7 @@ def _layers(message: Message, checkpoint: Checkpoint | None) -> int:
 
 
 def _framework(options: Mapping[str, str], target: Target | None, tree: str | None) -> str:
-    """What did not load the checkpoint, as far as the message or the user tells."""
+    """The framework that did not load the checkpoint, according to the message or the user."""
     if target is not None:
         return words_for(target)
     if tree is not None:
@@ -304,10 +304,10 @@ def _framework(options: Mapping[str, str], target: Target | None, tree: str | No
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a tree expects of a checkpoint; None if the message does not tell.
+    """The properties that a tree expects of a checkpoint; None if the message does not show it.
 
     Attributes:
-        names: The names of the MLP.
+        names: The naming scheme of the MLP.
         buffer: Whether its state dict has inv_freq.
         unknown_key: A yml key that it rejects.
     """
@@ -321,7 +321,7 @@ class Expected:
 
 
 def expected_by(message: Message) -> Expected:
-    """What the tree that printed a message expects."""
+    """The properties that the tree that printed a message expects."""
     if message.by_transformers:
         return Expected()
     missing, unexpected = message.keys
@@ -351,15 +351,15 @@ def tree_in(text: str) -> str | None:
 def convert_options(expected: Expected, checkpoint: Checkpoint | None) -> dict[str, str]:
     """The options of ``convert`` whose result such a tree loads; empty if none is known to help.
 
-    A tree with the old names that stores the buffer is from before 2024-03-04. One from then to
-    2024-09 stores it only if its yml says rotary_save_freqs_buffer, which changes no file.
+    A tree with the old names that stores the buffer is from before 2024-03-04. A tree from then to
+    2024-09 stores it only if its yml sets rotary_save_freqs_buffer, which changes no file.
     """
     state = checkpoint.neox if checkpoint is not None else None
     names, buffer = expected.names, expected.buffer
     if key := expected.unknown_key:
         refusing = [era for era in LATER_ERAS if key not in known_keys(era)]
         if len(refusing) == len(LATER_ERAS) or not refusing:
-            return {}  # of a fork, or of no tree at all
+            return {}  # from a fork, or not from a tree
         newest = refusing[-1]
         grouped = checkpoint is not None and checkpoint.config.grouped_query
         alike = newest is TODAY and refusing[0].mlp_names == "linear" and not grouped
@@ -370,10 +370,10 @@ def convert_options(expected: Expected, checkpoint: Checkpoint | None) -> dict[s
     if names is None and state is not None and state.mlp_names == "linear":
         return {"inv-freq": buffer or state.inv_freq}  # keeps the rest, also the order of rows
     if names is None and buffer == "omit" and state is None:
-        return {"inv-freq": "omit"}  # keeps the names, whichever they are
+        return {"inv-freq": "omit"}  # keeps the names
     names = names or "dense"
     if names == "dense" and checkpoint is not None and FLAG in checkpoint.raw:
-        return {"for": "neox@2024-09"}  # the tree took the yml with that key
+        return {"for": "neox@2024-09"}  # the tree accepted the yml with that key
     buffer = buffer or (state.inv_freq if state is not None else "omit")
     if names == "dense":
         return {"for": "neox@2024-03" if buffer == "store" else "neox@2024-09"}

@@ -1,4 +1,4 @@
-"""Why trees and checkpoints differ: the causes that several diagnoses have in common."""
+"""Explains why trees and checkpoints differ: causes that several diagnoses share."""
 
 from neox_bridge.frameworks.changes import change_named
 from neox_bridge.frameworks.eras import FLAG, InvFreq, MlpNames
@@ -12,8 +12,8 @@ def buffer_cause(tree: InvFreq, flag: bool = False) -> str:
     """Why a tree and a checkpoint disagree about the rotary buffer, and that it is harmless.
 
     Args:
-        tree: What the tree does. The checkpoint does the other.
-        flag: Whether the tree does so because its yml says so, or does not say so.
+        tree: What the tree does. The checkpoint does the opposite.
+        flag: Whether the tree does so because a key is set, or missing, in its yml.
     """
     neox, hf = change_named("neox-inv-freq"), change_named("hf-neox-inv-freq")
     if tree == "store":

@@ -1,4 +1,4 @@
-"""The same feature side by side in both frameworks, for one model.
+"""Shows each feature of a model side by side in both frameworks.
 
 What "cannot be" is what ``convert`` refuses: both use the refusals of the opened checkpoint.
 Formulas: GPT-NeoX's megatron/model/{transformer,norms,activations,
@@ -29,7 +29,7 @@ class Row:
     note: str = ""
 
 
-# The feature that a refusal is about, by its key.
+# The feature that a refusal concerns, by the key of the refusal.
 _FEATURES = {
     "rope_scaling": "RoPE scaling",
     "rotary_emb_base": "RoPE base",

@@ -1,4 +1,4 @@
-"""Diagnosis: what wrote a checkpoint, what is wrong with it, and where it loads."""
+"""Diagnoses a checkpoint: what wrote it, what is wrong with it, and where it loads."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,11 +48,11 @@ _SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary setti
 
 
 def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Finding]:
-    """Everything worth knowing about a checkpoint, for a target.
+    """Collect the findings about a checkpoint for a target.
 
     Args:
         checkpoint: The checkpoint.
-        target: What should load it. By default, what it looks made for.
+        target: What should load it. By default, the version that it seems to be made for.
 
     Returns:
         The findings. Those of severity "error" mean that it does not load, or loads as another
@@ -72,19 +72,19 @@ def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
     written = case("written-by", "info", f"written by {written_by(checkpoint)}")
     resuming = judge_resuming(checkpoint, target)  # GPT-NeoX loads the states after the weights
     cases = [written, *map(Case, noticed), *meeting, *resuming]
-    if sum(case.fails for case in cases) > 1:  # what helps against one would end in the next
+    if sum(case.fails for case in cases) > 1:  # the fix of one would end in the next error
         cases = [without_others(case) if case in meeting else case for case in cases]
     return verdict(name_of(target), cases, words_for(target))
 
 
 def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
-    """The verdicts of the known targets of the checkpoint's own kind."""
+    """The verdicts for the known targets of the same kind as the checkpoint."""
     names = KNOWN_NEOX if checkpoint.kind == "neox" else KNOWN_HF
     return [judge(checkpoint, target_named(name)) for name in names]
 
 
 def own_target(checkpoint: Checkpoint) -> Target:
-    """What the checkpoint looks made for: the GPT-NeoX of its era, or today's transformers."""
+    """The version that a checkpoint seems made for: GPT-NeoX of its era, or transformers today."""
     state = checkpoint.neox
     if state is None:
         return target_named(KNOWN_HF[-1])
@@ -113,7 +113,7 @@ def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
 
 
 def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
-    """A target of the other kind reads none of the files. Convert them, if nothing refuses it."""
+    """A target of the other kind reads none of the files. Advises a conversion, unless refused."""
     path = checkpoint.path
     prints = (
         f"Unable to find latest file at {path}/latest, if trying to load latest checkpoint please "
@@ -170,7 +170,7 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What is true whatever loads it."""
+    """The findings that do not depend on the target."""
     yield from _dtypes(checkpoint)
     yield from head_findings(checkpoint)
     yield from copy_findings(checkpoint)
@@ -183,7 +183,7 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
             if key.effect == "model":
                 yield Finding("unknown-key", "warning", reason_of(key), remedy_of(key))
     if checkpoint.missing_tokenizer:
-        return  # the finding of the checkpoint says it
+        return  # the finding of the checkpoint covers it
     if checkpoint.tokenizer_size is None:
         message = "the folder has no tokenizer, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":
@@ -201,7 +201,7 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def written_by(checkpoint: Checkpoint) -> str:
-    """Which tools and versions wrote a checkpoint, as far as its content tells."""
+    """The tools and versions that wrote a checkpoint, as far as its content shows."""
     words = []
     if tool := checkpoint.record.get("written_by"):
         source = checkpoint.record.get("source")

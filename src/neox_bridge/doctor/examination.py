@@ -1,4 +1,4 @@
-"""A checkpoint as ``diagnose`` and the doctor command report it: every verdict, as one document."""
+"""Collects every verdict on a checkpoint in one document, for ``diagnose`` and ``doctor``."""
 
 import os
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Examination:
         path: The absolute path, or the URL.
         kind: "hf" or "neox".
         main: The verdict whose findings are shown: for the named target, or for the version that
-            the checkpoint looks made for.
+            the checkpoint seems to be made for.
         verdicts: One for the named target, or one for each known version.
         named: Whether the caller named a target.
         comparison: How both frameworks compute this model, if that was asked for.
@@ -46,7 +46,7 @@ class Examination:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is wrong and what is worth knowing, the worst first."""
+        """The findings, most severe first."""
         return tuple(case.finding for case in by_severity(self.main))
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Examination:
         return document(paths=[self.source], checkpoints=[self.facts()])
 
     def facts(self) -> dict[str, Any]:
-        """What the document says of this checkpoint."""
+        """The facts about the checkpoint in the document."""
         verdicts = [_verdict_facts(verdict) for verdict in self.verdicts]
         if self.named:
             for entry in verdicts:
@@ -76,7 +76,7 @@ def examine(
 ) -> Examination:
     """Judge a checkpoint for a target, or for every known version.
 
-    with_comparison: show also how both frameworks compute this model.
+    with_comparison: also show how both frameworks compute this model.
     """
     checkpoint = drop_equal_head(checkpoint)  # compared once, not for every target
     main = judge(checkpoint, target or own_target(checkpoint))
@@ -92,7 +92,7 @@ def examine(
 
 
 def examine_unopened(path: str, target: Target | None) -> Examination | None:
-    """What is known about a folder that cannot be opened; None if nothing is."""
+    """Examine a folder that cannot be opened; None if nothing is known about it."""
     case = cannot_open(path)
     if case is None:
         return None
@@ -102,7 +102,7 @@ def examine_unopened(path: str, target: Target | None) -> Examination | None:
 
 
 def by_severity(verdict: Verdict) -> list[Case]:
-    """The cases of a verdict, the worst first."""
+    """The cases of a verdict, most severe first."""
     return sorted(verdict.cases, key=lambda case: _ORDER[case.finding.severity])
 
 

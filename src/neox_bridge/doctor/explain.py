@@ -1,6 +1,6 @@
-"""What a pasted traceback of GPT-NeoX, DeepSpeed, torch or transformers means, and what to do.
+"""Explains pasted tracebacks of GPT-NeoX, DeepSpeed, torch and transformers.
 
-The sentences are those of GPT-NeoX megatron/checkpointing.py (``check_checkpoint_args``) and
+The messages are those of GPT-NeoX megatron/checkpointing.py (``check_checkpoint_args``) and
 megatron/neox_arguments/arguments.py, DeepSpeed runtime/state_dict_factory.py, runtime/engine.py and
 runtime/pipe/module.py, and torch serialization.py.
 """
@@ -25,7 +25,7 @@ from neox_bridge.frameworks.changes import CHANGES, change_named
 from neox_bridge.frameworks.eras import FLAG, LATER_ERAS, known_keys
 from neox_bridge.wording import sentence
 
-# those that neox-bridge patch rewrites, without "convert_"
+# the scripts that neox-bridge patch rewrites, without "convert_"
 _PATCHED_SCRIPTS = ("neox_to_hf", "hf_to_sequential", "hf_llama_to_neox", "neox_to_mamba_ssm")
 _NO_ADJUSTMENT = r"Automatic adjustment|ZeRORuntimeException"
 _WEIGHTS_ALONE = "continue from the weights alone, in the yml: finetune: true"
@@ -207,7 +207,7 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
 
 
 def _scripts(m: Message) -> Iterator[Diagnosis]:
-    """GPT-NeoX's own conversion scripts read the names of their own time."""
+    """GPT-NeoX's conversion scripts read only the tensor names of their version."""
     scripts = r"convert_(\w+)\.py"
     weight = r"KeyError: '((?:\w+\.)+(?:weight|bias|scale|inv_freq))'"
     for key in re.findall(weight, m.text):

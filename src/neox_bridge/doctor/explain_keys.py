@@ -1,4 +1,4 @@
-"""What keys mean that are missing, unexpected or of another shape."""
+"""Explains missing keys, unexpected keys and wrong shapes."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -297,9 +297,9 @@ def _sizes(m: Message) -> Iterator[Diagnosis]:
 
 
 def _tp_change(m: Message, sizes: list[Sizes]) -> tuple[int, int] | None:
-    """Rows of one rank in the checkpoint and in the model, if nothing but TP differs.
+    """Rows of one rank in the checkpoint and in the model, if only TP differs.
 
-    That is so if attention and MLP both differ, all by the same factor and in one dimension.
+    Only TP differs if attention and MLP both differ by the same factor in one dimension.
     """
     kinds = {"mlp" if "mlp." in size.key else "attention" for size in sizes}
     if m.by_transformers or len(kinds) < 2:

@@ -1,4 +1,4 @@
-"""What a fix changes in each file, before it is written: settings and tensors, old and new."""
+"""Describes what a fix will change in each file: settings and tensors, old and new."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 
 Kind = Literal["added", "removed", "changed", "renamed", "rewritten"]
 _LAYER = re.compile(r"^sequential\.\d+\.|(?<=layers\.)\d+(?=\.)")
-# A stored tensor: its file, and where it begins there.
+# A stored tensor: its file, and its offset there.
 _Place = tuple[str, int]
 
 
@@ -41,7 +41,7 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """A file that the fix writes, or that the fixed copy does not have.
+    """A file that the fix writes or leaves out.
 
     Attributes:
         path: Relative to the fixed checkpoint; for a removed file, to the folder of its weights.
@@ -64,7 +64,7 @@ def new_args(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 def changes_of(checkpoint: Checkpoint, plan: Plan) -> list[FileChange]:
-    """Every file that a plan of ``fixes`` writes or leaves out, in the order of the plan."""
+    """Every file that a plan of ``fixes`` writes or leaves out, in plan order."""
     folder = checkpoint.neox.folder if checkpoint.neox is not None else checkpoint.path
     old = {
         inside: path
@@ -100,7 +100,7 @@ def changes_of(checkpoint: Checkpoint, plan: Plan) -> list[FileChange]:
 
 
 def _stored(checkpoint: Checkpoint) -> dict[_Place, tuple[str, TensorRef]]:
-    """Every stored tensor with its name in its file, without the number of its layer."""
+    """Every stored tensor with its name in its file, without the layer number."""
     if checkpoint.neox is None:
         named: Iterable[tuple[str, TensorRef]] = stored_names(checkpoint).items()
     else:
@@ -115,7 +115,7 @@ def _tensor_edits(
     stored: Mapping[_Place, tuple[str, TensorRef]],
     unused: dict[_Place, tuple[str, TensorRef]],
 ) -> Iterator[Edit]:
-    """What changes in tensors. Takes those that they are made of from ``unused``."""
+    """The changes of tensors. Removes the tensors that they are made of from ``unused``."""
     names = {name for name, _ in stored.values()}
     for tensor in tensors:
         sources = [piece.source for piece in tensor.pieces if piece.source is not None]
@@ -126,13 +126,13 @@ def _tensor_edits(
         plain = re.sub(r"^sequential\.\d+\.", "", tensor.name)
         after = f"{plain} {list(tensor.shape)}"
         before = " + ".join(_shown(name, ref) for name, ref in parts)
-        if not parts and plain in names:  # a buffer that is computed again
+        if not parts and plain in names:  # a buffer that is recomputed
             for place in [place for place, (name, _) in unused.items() if name == plain]:
                 del unused[place]
             if checkpoint.inv_freq_mismatch is not None:
                 yield Edit("changed", after, "computed from the settings")
         elif not parts:
-            if tensor.inline is None or plain.endswith(INV_FREQ):  # others are states of generators
+            if tensor.inline is None or plain.endswith(INV_FREQ):  # others are RNG states
                 yield Edit("added", "", after)
         elif before != after:
             if len(parts) == 1 and parts[0][0] == plain:
@@ -146,7 +146,7 @@ def _shown(name: str, ref: TensorRef) -> str:
 
 
 def _counted(edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """The edits with those of all layers as one."""
+    """Merge equal edits of all layers."""
     counts: dict[Edit, int] = {}
     for edit in edits:
         plain = replace(edit, before=_any_layer(edit.before), after=_any_layer(edit.after))
@@ -159,7 +159,7 @@ def _any_layer(text: str) -> str:
 
 
 def _setting_edits(checkpoint: Checkpoint, plan: Plan, file: OutputFile) -> Iterator[Edit]:
-    """What changes in the settings of a yml, of config.json, or of the args of an mp_rank file."""
+    """The changed settings of a yml, of config.json, or of the args of an mp_rank file."""
     before: Mapping[str, Any] = {}
     after: Mapping[str, Any] = {}
     if checkpoint.neox is not None and file.path.endswith("/configs/neox_bridge.yml"):

@@ -1,8 +1,8 @@
 """Fixes a checkpoint for a target: recomputable values, names of an era, spellings of a config.
 
-The plans are those of a conversion to the same kind and layout. What need not change is copied as
-it is, file by file. Learned values are never changed. Stored values that do not follow from the
-config are neither dropped nor replaced unless the user says so.
+The plans are those of a conversion to the same kind and layout. Files that need not change are
+copied unchanged. Learned values are never changed. Stored values that do not follow from the config
+are neither dropped nor replaced unless the user says so.
 """
 
 import json
@@ -68,12 +68,12 @@ def fix_plan(
 
     Args:
         checkpoint: The checkpoint.
-        target: What shall load the copy; None if only the checkpoint itself says what it needs.
-        folder: Where the copy will be.
-        recompute: Drop or replace stored values that deviate from those that the config gives.
+        target: What should load the copy. None: fix only what the checkpoint itself shows.
+        folder: The folder of the copy.
+        recompute: Drop or replace stored values that deviate from those computed from the config.
         drop_optimizer: Leave out optimizer states that cannot be kept.
         ignore_keys: See ``Options``. The fixed yml does not contain these keys.
-        given_yml: Whether the user named the ymls of the settings; the copy gets these settings.
+        given_yml: Whether the user named the yml files; the copy then gets their settings.
         in_place: Whether the copy replaces the checkpoint, so that its step keeps its name.
 
     Raises:
@@ -181,7 +181,7 @@ def _fix_neox(
         inv_freq=inv_freq,
         mlp_names=names,
         vocab_multiple=_multiple(checkpoint, state),
-        # pipeline stages by the files that count
+        # the number of pipeline stages according to the files that are used
         pp=0 if state.layout == "ranks" else max(1, state.pp - len(strays) // state.tp),
         ignore_keys=ignore_keys,
     )
@@ -228,13 +228,13 @@ def _fix_neox(
 
 
 def _tells_another_order(checkpoint: Checkpoint, plan: Plan, rewrite: bool) -> bool:
-    """Whether the record would tell another order of grouped-query rows than the new files'."""
+    """Whether the record would imply another order of grouped-query rows than the new files."""
     recorded, order = checkpoint.record.get("gqa_order"), plan.target.get("gqa_order")
     return rewrite and recorded is not None and recorded != order
 
 
 def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None) -> InvFreq:
-    """As the target expects it; if a flag decides, as the checkpoint's yml says already."""
+    """Whether to store inv_freq, as the target expects; the checkpoint's yml may decide it."""
     wanted = None if facts is None else stores_inv_freq(checkpoint, facts)
     if wanted is None:
         return state.inv_freq
@@ -244,7 +244,7 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
 
 
 def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
-    """The checkpoint's multiple if it gives the rows that it has; otherwise it must change."""
+    """The checkpoint's multiple if it results in the existing rows; otherwise another one."""
     multiple = told_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
     fits = padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]
@@ -260,7 +260,7 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
         fixed = {k: v for k, v in fixed.items() if k not in _GATED_KEYS}
         fixed |= {key: planned[key] for key in _GATED_KEYS if key in planned}
     tokenizer = state.args.get("tokenizer_type", "HFTokenizer")
-    wanted: dict[str, tuple[Any, Any]] = {  # each with GPT-NeoX's default
+    wanted: dict[str, tuple[Any, Any]] = {  # missing keys get GPT-NeoX's defaults
         "pipe_parallel_size": (plan.target["pipeline_stages"], 0),
         "model_parallel_size": (state.tp, 1),
         "make_vocab_size_divisible_by": (plan.target["vocab_multiple"], FIRST_MULTIPLE),
@@ -288,7 +288,7 @@ def _planned_yml(plan: Plan) -> dict[str, Any]:
 
 
 def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, drop: bool) -> bool:
-    """Whether optimizer states are dropped. Raises Refused if they must be and may not."""
+    """Whether optimizer states are dropped. Raises Refused if they must be but may not be."""
     # They can be kept if only buffers and settings change: ZeRO's partitions are the parameters in
     # the order of the modules, without buffers. With renamed parameters, other rows or new metadata
     # (learning-rate schedule, data-parallel size) they no longer belong to the weights.
@@ -313,7 +313,7 @@ def _neox_files(
     yml: dict[str, Any] | None,
     gone: set[str],
 ) -> list[OutputFile]:
-    """The plan's files if something changes in them, and the checkpoint's own otherwise."""
+    """The planned files where something changes, and the checkpoint's files otherwise."""
     name = f"global_step{state.iteration}"
     new = {file.path: file for file in plan.files}
     files = [
@@ -337,7 +337,7 @@ def _neox_files(
 
 
 def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None) -> Iterator[str]:
-    """Files in the step's folder that the copy has in another place: its yml, its tokenizer."""
+    """Files in the step's folder that move to another place in the copy: its yml, its tokenizer."""
     above = (*checkpoint.tokenizer, *checkpoint.carried.paths) if state.flat else ()
     for path in (*above, *(state.configs if yml is not None else ())):
         if os.path.dirname(path) == state.folder:
@@ -347,7 +347,7 @@ def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None)
 
 
 def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
-    """The plan with the step's own name in place of the one that its number gives."""
+    """The plan with the step's original name instead of the name from its number."""
     planned = re.compile(rf"global_step{state.iteration}(?=/)")
     files = tuple(
         replace(file, path=planned.sub(state.step, file.path, 1))
@@ -359,7 +359,7 @@ def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
 
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
-    """Copies of all files below a folder, but those to skip (by their path in it)."""
+    """Copies of all files below a folder, except those to skip (by relative path)."""
     for path, size in walk(folder):
         inside = path[len(os.path.join(folder, "")) :]
         if size is None or skip(inside) or ".git" in inside.split("/"):
@@ -372,7 +372,7 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
 
 
 def _record(path: str, inside: str) -> OutputFile:
-    """The record, which is sealed again for the new files; a copy if it cannot be read."""
+    """The record, updated with the hashes of the new files; a plain copy if it is unreadable."""
     data = read_bytes(path, LARGE_BYTES)
     try:
         return text_file(inside, unsealed(data), seals=True)
@@ -403,7 +403,7 @@ def replaced(checkpoint: Checkpoint) -> str:
 
 
 def _not_copied(folder: str) -> Iterator[str]:
-    """What ``_others`` leaves out: links to folders, empty folders, .git, and special files."""
+    """The files that ``_others`` skips: links to folders, empty folders, .git, special files."""
     for parent, folders, names in os.walk(folder):
         for name in folders:
             path = os.path.join(parent, name)
@@ -417,10 +417,10 @@ def _not_copied(folder: str) -> Iterator[str]:
 
 
 def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified if a fixed folder is not what it should be.
+    """A check for ``execute``: raises Unverified if a fixed folder is not as planned.
 
-    Every file has the hash that the record says, and the copy opens as the same model with the same
-    weights.
+    Checks that every file has its recorded hash, and that the copy opens as the same model with the
+    same weights.
     """
 
     def check(folder: str) -> None:
@@ -442,7 +442,7 @@ def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
 
 
 def _order(checkpoint: Checkpoint, plan: Plan) -> GqaOrder | None:
-    """The order of grouped-query rows in the copy, if its files do not tell."""
+    """The order of grouped-query rows in the copy, if its files do not show it."""
     state = checkpoint.neox
     if state is None:
         return None

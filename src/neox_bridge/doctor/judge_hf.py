@@ -1,4 +1,4 @@
-"""Whether a version of transformers loads a Hugging Face folder, and as which model.
+"""Decides whether a version of transformers loads a Hugging Face folder, and as which model.
 
 Rules from {configuration,modeling}_gpt_neox.py and modeling_utils.py of transformers 4.30 to 5.24.
 Most failures are silent there: a version skips config keys that it does not know, and initializes
@@ -30,7 +30,7 @@ from neox_bridge.wording import plural, some
 _MASKS = re.compile(r"attention\.(bias|masked_bias)$")
 _SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
 _OLD, _NEW = ("rotary_pct", "rotary_emb_base"), ("partial_rotary_factor", "rope_theta")
-_DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
+_DEFAULTS = (0.25, 10000.0)  # defaults of GPTNeoXConfig
 
 
 def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
@@ -45,7 +45,7 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
     yield from _names(checkpoint, facts)
     yield from _sizes(checkpoint, facts)
     yield from _two_heads(checkpoint, facts)
-    is_gpt_neox = checkpoint.architecture is GPT_NEOX  # the rest is known for this family only
+    is_gpt_neox = checkpoint.architecture is GPT_NEOX  # only this family has further checks
     if is_gpt_neox:
         yield from _rope(checkpoint, facts)
         yield from _made_up(checkpoint, facts)
@@ -107,7 +107,7 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """Every tensor of the files, by its name there."""
+    """Every tensor of the files, by its stored name."""
     stored: dict[str, TensorRef] = {}
     for path in checkpoint.files:
         if path.endswith(".safetensors"):

@@ -1,8 +1,8 @@
-"""Whether a GPT-NeoX tree loads a GPT-NeoX checkpoint, and what it prints if it does not.
+"""Decides whether a GPT-NeoX tree loads a checkpoint, and what it prints if it does not.
 
 The settings are those in the checkpoint's configs. The messages were copied from runs of the real
-code on CPU. Their order is that in which GPT-NeoX and DeepSpeed check: the yml, the number of
-files, the kind of layout, each layer's state dict, ``args``.
+code on CPU. GPT-NeoX and DeepSpeed check in this order: the yml, the number of files, the kind of
+layout, each layer's state dict, ``args``.
 """
 
 import os
@@ -38,14 +38,14 @@ _DEFAULTS: dict[str, Any] = {
     "model_parallel_size": 1,
     "tokenizer_type": "GPT2BPETokenizer",
 }
-_LONGEST_VALUE = 100  # characters
+_LONGEST_VALUE = 100  # shown characters
 # of a value that is not in a Literal of neox_args.py
 _WRONG_TYPES = "ValueError: NeoXArgs.__post_init__() NeoXArgs types cannot be validated"
 _GQA_WORDS = {"grouped": "as all q, all k, all v", "interleaved": "by query head"}
 
 
 def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -> Iterator[Case]:
-    """The cases of loading a checkpoint in a tree, in the order in which the tree meets them.
+    """The cases of loading a checkpoint in a tree, in the order in which the tree checks them.
 
     Args:
         checkpoint: The checkpoint.
@@ -144,7 +144,7 @@ def patch_command(tree: str) -> Command:
 
 
 def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
-    """A step without its run's folder (load_checkpoint in megatron/checkpointing.py)."""
+    """A case: a step without its run's folder (load_checkpoint in megatron/checkpointing.py)."""
     if not state.flat:
         return
     yield failure(
@@ -158,7 +158,7 @@ def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
 
 
 def _latest(state: NeoxState) -> Iterator[Case]:
-    """A run without the file that names its step (DeepSpeed runtime/engine.py, load_checkpoint)."""
+    """The case of a missing ``latest`` (DeepSpeed runtime/engine.py, load_checkpoint)."""
     if state.flat or state.universal or not STEP.fullmatch(state.step):
         return
     if isfile(latest := os.path.join(state.root, "latest")):
@@ -254,7 +254,7 @@ def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
 
 
 def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
-    """What the strict load_state_dict reports about the embeddings and the blocks."""
+    """The cases that the strict load_state_dict reports about the embeddings and the blocks."""
     state, rows = checkpoint.neox_state, expected_rows(checkpoint)
     have = checkpoint.config.dims["vocab"]
     sizes = _sizes(checkpoint, facts)
@@ -404,7 +404,7 @@ def _named_keys(
 
 
 def _sizes(checkpoint: Checkpoint, facts: TreeFacts) -> dict[str, tuple[list[int], list[int]]]:
-    """(the checkpoint's shape, the tree's) of an MLP of another width, if its names match."""
+    """(shape in the checkpoint, in the tree) of an MLP of another width, if its names match."""
     have, want, state = (
         checkpoint.config.dims["ffn"],
         mlp_width(checkpoint, facts),
@@ -456,7 +456,7 @@ def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
 
 
 def _args(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """check_checkpoint_args compares every key of ``args`` with the settings after the weights."""
+    """Cases of check_checkpoint_args, which compares ``args`` with the settings after loading."""
     for key, have in checkpoint.neox_state.args.items():
         setting = checkpoint.raw.get(key, _DEFAULTS.get(key, have))
         if key == "padded_vocab_size":
@@ -474,7 +474,7 @@ def _args(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 
 
 def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """What no framework reports."""
+    """The cases that no framework reports."""
     raw = checkpoint.raw
     if raw.get("norm") == "rmsnorm" and facts.rms_eps == "outside":
         yield case(
@@ -502,7 +502,7 @@ def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 
 
 def _unsupported(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """What the tree cannot build or run, although it knows the keys."""
+    """The cases that the tree cannot build or run, although it knows the keys."""
     tp = checkpoint.neox_state.tp
     reasons = checkpoint.architecture.refuse_shape(tp, span_of(facts))
     for reason in (*reasons, *fails_in_era(checkpoint, facts)):
@@ -515,7 +515,7 @@ def _unsupported(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 
 
 def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """What loads and then fails in the first forward pass (Era.gated_biases)."""
+    """The cases that load and then fail in the first forward pass (Era.gated_biases)."""
     config = checkpoint.config
     gated = checkpoint.architecture.has_llama_mlp(old=facts.mlp_names == "dense")
     if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox_state.te:

@@ -1,6 +1,6 @@
 """Reads the keys and shapes in pasted output of GPT-NeoX, DeepSpeed, torch and transformers.
 
-Its forms are torch's ``Module.load_state_dict`` (also through DeepSpeed), the two warnings of
+The known forms are torch's ``Module.load_state_dict`` (also through DeepSpeed), the two warnings of
 transformers 4 (``_load_pretrained_model``), and the table of transformers 5
 (``utils/loading_report.py``).
 """
@@ -41,11 +41,11 @@ class Diagnosis:
     In commands and texts, CHECKPOINT, NEW and TREE stand for the user's paths.
 
     Attributes:
-        code: The id of a known change, or a code of its own if no change is behind it.
+        code: The id of a known change, or a separate code if there is no such change.
         cause: Why it happens, in full sentences.
-        remedy: What to do: a ``Command``, or what to set in the yml or in config.json.
-        keys: The tensors or keys that the message names, as they are there.
-        needs: (option, value) of a conversion that fixes it. The one command consists of them.
+        remedy: A ``Command``, or the setting to change in the yml or in config.json.
+        keys: The tensors or keys in the message, unchanged.
+        needs: (option, value) pairs of the conversion that fixes it.
         older: The side that is older; "" if neither is, or if that is unknown.
         by_convert: Whether a conversion for the right tree fixes it.
         resumes: Whether the fix must keep optimizer states, so that ``reshard`` writes it.
@@ -84,13 +84,13 @@ class Sizes:
 
 @dataclass(slots=True)
 class Message:
-    """What a pasted output says.
+    """The parsed content of a pasted output.
 
     Attributes:
         text: The output without colors and prefixes.
         modules: The classes that were being loaded.
-        missing: Missing keys as they are there.
-        unexpected: Unexpected keys as they are there.
+        missing: The missing keys, unchanged.
+        unexpected: The unexpected keys, unchanged.
         sizes: Tensors with another shape.
     """
 

@@ -1,4 +1,4 @@
-"""Defects that the files of a GPT-NeoX folder show by themselves: files of two layouts."""
+"""Finds defects in the files of a GPT-NeoX folder: files of two layouts."""
 
 import os
 import re

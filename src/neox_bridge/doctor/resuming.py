@@ -1,4 +1,4 @@
-"""Whether GPT-NeoX resumes a run from a checkpoint, with the settings in its yml."""
+"""Decides whether GPT-NeoX resumes a run from a checkpoint, with the settings in its yml."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _RENAMED_SINCE = (0, 5, 5)
 
 
 def cannot_resume(checkpoint: Checkpoint, form: StatesForm) -> bool:
-    """Whether the yml asks to resume from states that a tree with this form cannot load."""
+    """Whether the yml says to resume from states that a tree with this format cannot load."""
     state, finetune = checkpoint.neox, checkpoint.raw.get("finetune")
     if state is None or finetune:
         return False
@@ -81,8 +81,8 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
 def resharding(checkpoint: Checkpoint, target: Target) -> str:
     """The command that writes the run for a tree that cannot resume from its states.
 
-    It also removes keys that the tree rejects, renames parameters, and makes a run of a flat
-    folder. "" if the tree resumes, if the states cannot be read, or if the tree cannot train such a
+    It also removes keys that the tree rejects, renames parameters, and turns a flat folder into a
+    run. "" if the tree resumes, if the states cannot be read, or if the tree cannot train such a
     run.
     """
     state = checkpoint.neox
@@ -97,7 +97,7 @@ def resharding(checkpoint: Checkpoint, target: Target) -> str:
 
 
 def _reshard_command(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates) -> str:
-    """The command that rewrites states for a tree; "" if none does."""
+    """The command that rewrites states for a tree; "" if there is none."""
     options = opening_options(checkpoint)
     if target.states == "sub-partitions":  # ZeRO of DeeperSpeed 0.3.15
         if checkpoint.config.dtype != "float16":

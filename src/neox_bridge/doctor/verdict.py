@@ -1,4 +1,4 @@
-"""What the doctor reports: cases with what the framework prints, and the verdict from them."""
+"""The results of the doctor: cases with the framework's messages, and the verdict on them."""
 
 import os
 import re
@@ -23,9 +23,9 @@ class Case:
     """A finding, and what the framework prints about it.
 
     Attributes:
-        finding: What it is. Of severity "error": the checkpoint does not load, or loads as another
+        finding: The finding. Severity "error": the checkpoint does not load, or loads as another
             model.
-        prints: What the framework prints; "" where it prints nothing.
+        prints: What the framework prints; "" if nothing.
         silent: Whether the checkpoint loads without a message, as another model.
     """
 
@@ -46,8 +46,8 @@ class Verdict:
         target: The target as ``--for`` spells it.
         answer: Whether it loads.
         message: The first message that the framework prints.
-        cases: What is behind the answer, in the order in which the framework meets it.
-        framework: The target for people.
+        cases: The reasons for the answer, in the order in which the framework checks them.
+        framework: The target, for display.
     """
 
     target: str
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """What goes wrong, to follow the name of the checkpoint; "" where it loads."""
+        """What goes wrong, as text that follows the name of the checkpoint; "" if it loads."""
         failing = [case for case in self.cases if case.fails]
         if not failing:
             return ""
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def verdict(target: str, cases: Iterable[Case], framework: str = "") -> Verdict:
-    """The verdict of cases that are in the order in which the framework meets them."""
+    """The verdict on cases, which are in the order in which the framework checks them."""
     cases = tuple(cases)
     failing = [case for case in cases if case.fails]
     if failing:
@@ -88,7 +88,7 @@ def case(
     subject: Subject = "",
     details: Details = NO_DETAILS,
 ) -> Case:
-    """A case in one line."""
+    """Make a case."""
     return Case(Finding(code, severity, message, remedy, subject=subject, details=details), prints)
 
 
@@ -111,8 +111,8 @@ def without_others(case: Case) -> Case:
 def opening_options(checkpoint: Checkpoint, target: Target | None = None) -> list[str]:
     """The options without which a command refuses to open a checkpoint.
 
-    They name its ymls, and those of its unknown keys that may change the model and that the target
-    does not know either.
+    They name its yml files, and the unknown keys that may change the model and that the target does
+    not know either.
     """
     known = target.keys if isinstance(target, TreeFacts) and checkpoint.kind == "neox" else ()
     risky = [refusal.key for refusal in refusals(checkpoint, (), known)]
@@ -120,14 +120,14 @@ def opening_options(checkpoint: Checkpoint, target: Target | None = None) -> lis
 
 
 def near(path: str) -> str:
-    """A path as a command in the current folder names it: relative below it, absolute elsewhere."""
+    """A path for a command in the current folder: relative if below it, otherwise absolute."""
     below = os.path.join(os.getcwd(), "")
     short = path.removeprefix(below)
     return path if short == path or not short or short.startswith("-") else short
 
 
 def free_folder(path: str, ending: str) -> str:
-    """A folder beside a checkpoint that does not exist yet. No ending stands twice in its name."""
+    """A new folder next to a checkpoint. The ending is not repeated in its name."""
     path = path.rstrip("/")
     name = new_folder(re.sub(rf"-{re.escape(ending)}(-\d+)?$", "", path), ending)
     names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
@@ -135,10 +135,10 @@ def free_folder(path: str, ending: str) -> str:
 
 
 def _in_command(checkpoint: Checkpoint) -> tuple[str, str]:
-    """How a command names a checkpoint, and the path beside which it writes.
+    """The name of a checkpoint in a command, and the path next to which the command writes.
 
-    For a model in the cache of the Hub, that is the current folder: the cache is not the place for
-    new folders.
+    For a model in the cache of the Hub, that is the current folder, because new folders do not
+    belong into the cache.
     """
     path = near(checkpoint.path)
     if not checkpoint.revision or not is_local(checkpoint.path):
@@ -149,7 +149,7 @@ def _in_command(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> Command:
-    """The command that fixes a checkpoint for a target, in a folder beside it."""
+    """The command that fixes a checkpoint for a target, in a sibling folder."""
     path, beside = _in_command(checkpoint)
     words = ["neox-bridge", "doctor", path]
     if target is not None:
@@ -165,13 +165,13 @@ def convert_command(checkpoint: Checkpoint, target: Target) -> Command:
 
 
 def convert_into(checkpoint: Checkpoint, ending: str, *flags: str, home: str = "") -> Command:
-    """The command that converts a checkpoint into a folder beside it.
+    """The command that converts a checkpoint into a sibling folder.
 
     Args:
         checkpoint: The checkpoint.
         ending: How the name of the new folder ends.
-        flags: More words of the command.
-        home: The folder beside which the new one lies. By default, the checkpoint's.
+        flags: Additional words of the command.
+        home: The folder next to which the new one is created. By default, the checkpoint.
     """
     path, beside = _in_command(checkpoint)
     folder = free_folder(near(home) if home else beside, ending)
