@@ -29,12 +29,12 @@ _SAMPLE_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a batch would do.
+    """The preview of a batch.
 
     Attributes:
         target: The folder.
         rows: One for each checkpoint.
-        rate: Bytes a second, of a sample; None if there was none to take.
+        rate: Bytes per second, measured with a sample; None if there was none.
         findings: What is wrong with the sources, such as one that is missing.
         sources: The sources as the user named them.
     """
@@ -52,12 +52,12 @@ class DryRun:
 
     @property
     def size(self) -> int:
-        """Bytes that would be written."""
+        """The number of bytes that would be written."""
         return sum(row.size for row in self.rows if row.status == "planned")
 
     @property
     def seconds(self) -> float | None:
-        """An estimate."""
+        """The estimated duration."""
         return self.size / self.rate if self.rate else None
 
     def to_json(self) -> dict[str, Any]:

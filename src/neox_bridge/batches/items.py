@@ -54,7 +54,7 @@ def find_items(
 ) -> tuple[list[Item], list[Finding]]:
     """The chosen checkpoints by run and step, and findings about the folders.
 
-    steps: see ``step_choice.chosen``. Names are ``stepN``, below their run's name where there are
+    steps: see ``step_choice.chosen``. Names are ``stepN``, below the name of their run if there are
     several runs. Raises BridgeError if there are none, or two would get the same name.
     """
     check_steps(steps)

@@ -23,7 +23,7 @@ from neox_bridge.stores.paths import is_local
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """repo: ``org/name``. work: the folder in which files are made before they are uploaded."""
+    """repo: ``org/name``. work: the folder in which files are written before their upload."""
 
     repo: str
     work: str
@@ -76,7 +76,7 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str
 
 
 def place_of(model: HubModel, branch: str) -> str:
-    """The branch as sources name it."""
+    """The URL of the branch."""
     return str(HubTarget(model.repo, branch))
 
 
@@ -92,7 +92,7 @@ def made_in(model: HubModel, branch: str) -> Iterator[Work]:
 
 
 def send(plan: Plan, work: Work, model: HubModel, branch: str, overwrite: bool) -> None:
-    """Publish the files. On BridgeError, they are kept for the next try."""
+    """Publish the files. On BridgeError, they are kept for the next attempt."""
     publish_written(
         plan,
         work,

@@ -1,4 +1,4 @@
-"""What became of a batch and of each of its checkpoints."""
+"""The results of a batch and of each of its checkpoints."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BatchStatus = Literal["done", "skipped", "failed", "planned"]
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """What became of one checkpoint.
+    """The result for one checkpoint.
 
     Attributes:
         name: Its folder or branch below the batch's target.
@@ -22,14 +22,14 @@ class BatchRow:
         number: Its step, if it has one.
         size: Bytes of the target.
         shared: As in ``Result``.
-        seconds: Of the last try and all before, with verification.
-        tries: How often it was begun.
+        seconds: The time of all attempts, including verification.
+        tries: The number of attempts.
         verified: None if nothing was compared.
         norms: L2 norms of the written tensors, if they were asked for.
         error: Why it failed.
         casts: The dtypes that the source's weights are cast to.
-        carried: Small text files that are copied from beside the source's model.
-        not_carried: Files beside it that are not copied.
+        carried: Small text files that are copied from the folder of the source.
+        not_carried: Files in that folder that are not copied.
     """
 
     name: str
@@ -52,14 +52,14 @@ class BatchRow:
     not_carried: tuple[LeftFile, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The row as it stands in the document of the batch."""
+        """The row in the JSON document of the batch."""
         facts: dict[str, Any] = plain_data(self)
         return facts
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What became of a batch.
+    """The result of a batch.
 
     Attributes:
         target: The folder, URL or model that was written.

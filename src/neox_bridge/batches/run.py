@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
 
 _MOST_AHEAD = 32  # planning threads; planning is Python code, so threads do not run in parallel
-_PART_BYTES = 1 << 30  # bytes of a checkpoint that one process verifies
+_PART_BYTES = 1 << 30  # bytes of a checkpoint per process that verifies it
 _HEAD_START_SECONDS = 0.05  # head start for the first plan, because the processes wait for it
 _PAUSE_SECONDS = 1.0  # before the first retry; doubled for each further one
 
@@ -47,7 +47,7 @@ class Event:
     """An event for progress display and logs.
 
     kind: "begun" (size: bytes to write), "written" (size: bytes just written or verified), "retry"
-    (words: what failed), "ended" (row).
+    (words: the failure), "ended" (row).
     """
 
     kind: str
@@ -65,11 +65,11 @@ def _silent(_: Event) -> None:
 class Batch:
     """The settings of a batch.
 
-    target: the folder that gets one for each. hub: the model that gets a branch for each instead.
-    retries: for each, after its first failure.
-    every_hash: whether what is done is read again to see if it is whole. norms: whether the L2
-    norms of the result's tensors are taken. version: of transformers, which must load the results.
-    ahead: checkpoints that are worked on at a time; by default what keeps the pool busy.
+    target: the folder that gets a subfolder per checkpoint. hub: the model that gets a branch per
+    checkpoint instead. retries: per checkpoint, after its first failure. every_hash: whether
+    finished checkpoints are read again to check their hashes. norms: whether to compute the L2
+    norms of the written tensors. version: of transformers, which must load the results. ahead:
+    checkpoints in progress at a time; by default enough to keep the pool busy.
     """
 
     target: str
@@ -171,7 +171,7 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
 
 
 def with_plan(row: BatchRow, plan: Plan) -> BatchRow:
-    """The row with what its plan says."""
+    """The row with the facts of its plan."""
     return replace(
         row,
         files=len(plan.files),
@@ -197,7 +197,7 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
             row = replace(row, findings=(*row.findings, finding))
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if does == "refuse":
-        if is_local(row.target):  # with `overwrite=True` it would be refused as well
+        if is_local(row.target):  # raises what `overwrite=True` could not solve either
             check_target(row.target, identities(sources_of(plan)), None)
         raise TargetUnusable(
             f"{words}. Choose another target, or use `overwrite=True` to replace it."
@@ -252,7 +252,7 @@ def _written(
         progress(plan.size)
 
     if is_local(target):
-        os.makedirs(os.path.dirname(target), exist_ok=True)  # of all of them: it stays
+        os.makedirs(os.path.dirname(target), exist_ok=True)  # shared, so not removed
     result = execute(
         plan,
         target,

@@ -23,7 +23,7 @@ Decision = Literal["skip", "refuse", "write"]
 
 
 def decision(state: TargetState, overwrite: bool) -> Decision:
-    """What a batch does for this state of a target."""
+    """The action of a batch for this state of a target."""
     if overwrite or state in ("absent", "changed"):
         return "write"
     return "skip" if state == "whole" else "refuse"

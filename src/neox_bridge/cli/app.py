@@ -56,7 +56,7 @@ class App(Helped, click.Group):
     """All commands. Only the module of the command that runs is imported."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click's; ``help COMMAND`` is ``COMMAND --help``, as in other programs."""
+        """As in click, but ``help COMMAND`` means ``COMMAND --help``, as in other programs."""
         if args[:1] == ["help"] and not ctx.resilient_parsing:
             args = [*args[1:], "--help"]
         return super().parse_args(ctx, args)
@@ -74,7 +74,7 @@ class App(Helped, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's; a word that is no command is a usage error of our form."""
+        """As in click, but an unknown command raises a usage error in the form of this program."""
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
             no_such_command(args[0], COMMANDS)
         return super().resolve_command(ctx, args)
@@ -106,7 +106,7 @@ def _print_completion(ctx: click.Context, _param: click.Parameter, value: str | 
 
     kind = get_completion_class(value)
     assert kind is not None
-    if value == "bash":  # or bash takes neox@2024-03 for three words
+    if value == "bash":  # otherwise bash splits neox@2024-03 into three words
         click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//@/}")
     click.echo(kind(ctx.command, {}, "neox-bridge", "_NEOX_BRIDGE_COMPLETE").source())
     ctx.exit()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
-    """What is looked for, and where."""
+    """What the audit checks, and where."""
 
     against: str | None = option(
         None,
@@ -230,7 +230,7 @@ def _audit_against(
 def _comparisons_json(
     folders: Sequence[str], twin: str | None, comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
-    """As ``verification/against.schema.json`` describes it."""
+    """The document that ``verification/against.schema.json`` describes."""
     from neox_bridge.verification.against import faults_of
 
     return document(

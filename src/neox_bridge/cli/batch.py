@@ -201,7 +201,7 @@ def _check_applies(choice: BatchOptions, details: Details, upload: Upload, targe
 
 
 def _tell_faults(faults: list[Finding], quiet: bool) -> None:
-    """Say what is wrong with the sources."""
+    """Print the findings about the sources."""
     errors = [fault for fault in faults if fault.severity == "error"]
     tell_findings(errors if quiet else faults, quiet=False)
 

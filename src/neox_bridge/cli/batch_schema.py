@@ -1,4 +1,4 @@
-"""The JSON schema of a batch file, which editors check it with.
+"""The JSON schema with which editors validate a batch file.
 
 ``python -m neox_bridge.cli.batch_schema > docs/reference/batch-file.schema.json``
 """

@@ -46,7 +46,7 @@ def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
 
 
 def _logger(file: IO[bytes] | None, name: str) -> "Tell":
-    """Writes events as JSON lines, to stdout where there is no file.
+    """Writes events as JSON lines, to stdout by default.
 
     If the log cannot be written, it warns once and the batch continues.
     """
@@ -79,7 +79,7 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
 
 @dataclass
 class _Whole:
-    """How far the batch is, from its events."""
+    """The progress of a batch, computed from its events."""
 
     count: int
     sizes: list[int] = field(default_factory=list)
@@ -96,7 +96,7 @@ class _Whole:
 
     @property
     def total(self) -> float | None:
-        """Bytes of all. Checkpoints that are not planned yet are assumed to be of average size."""
+        """Total bytes. Checkpoints that are not planned yet are assumed to be of average size."""
         if not self.sizes:
             return None
         skipped = sum(row.status != "done" for row in self.ended)
@@ -199,7 +199,7 @@ def tell_warnings(rows: "Iterable[BatchRow]") -> None:
 
 
 def _verified(rows: "Sequence[BatchRow]") -> str:
-    """How the results equal their sources, in words."""
+    """In which way the results equal their sources, in words."""
     from neox_bridge.planning.casts import verified
 
     pairs = {(cast.source, cast.target): cast for row in rows for cast in row.casts}
@@ -207,7 +207,7 @@ def _verified(rows: "Sequence[BatchRow]") -> str:
 
 
 def print_dry_run(preview: "DryRun") -> None:
-    """Print what the batch would do."""
+    """Print the preview of a batch."""
     width = _width(preview.rows)
     print_line(_head(width, "", ""))
     for row in preview.rows:
@@ -220,7 +220,7 @@ def print_dry_run(preview: "DryRun") -> None:
 
 
 def _width(rows: "Sequence[BatchRow]") -> int:
-    """Characters of the first column."""
+    """The width of the first column in characters."""
     return max([24, *(len(plain(row.name)) + 1 for row in rows)])
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str]
 _MOST_NAMES = 6
-_NARROWEST = 40  # columns; a narrower terminal wraps by itself
+_NARROWEST = 40  # columns; narrower terminals wrap the lines themselves
 
 
 def print_block(headline: str, rows: Iterable[Row] = (), columns: int | None = None) -> None:
@@ -53,7 +53,7 @@ def _print(text: str, first: str, others: str, columns: int) -> None:
 
 
 def evidence_rows(details: Iterable[Details]) -> Iterator[Row]:
-    """What is missing, unexpected and wrong, each once, and where it is decided."""
+    """Rows for what is missing, unexpected and wrong, without duplicates, and the source."""
     details = list(details)
     for label in ("missing", "unexpected", "wrong"):
         having = [one for one in details if getattr(one, label)]
@@ -67,14 +67,14 @@ def evidence_rows(details: Iterable[Details]) -> Iterator[Row]:
 
 
 def cause_rows(causes: Iterable[str]) -> Iterator[Row]:
-    """Why, once for each cause."""
+    """The ``why`` rows, one per cause."""
     yield from (("why", sentence(cause)) for cause in dict.fromkeys(causes))
 
 
 def way_out_rows(
     steps: Sequence[str], others: Iterable[str], links: Iterable[str]
 ) -> Iterator[Row]:
-    """What to do, step by step, other ways, and links. Each stands once."""
+    """Rows for the fix, step by step, other ways and links, without duplicates."""
     for number, step in enumerate(dict.fromkeys(steps)):
         yield ("then" if number else "fix"), step
     yield from (("or", other) for other in dict.fromkeys(others) if other not in steps)

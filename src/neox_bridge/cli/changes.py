@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ChangesOptions:
-    """Which changes are listed."""
+    """Options for the listed changes."""
 
     framework: Framework | None = option(
         None,

@@ -39,7 +39,7 @@ class Argument(click.Argument):
 
 
 class Parameter(click.Option):
-    """A declared option as one of click's."""
+    """A declared option as a click option."""
 
     def __init__(self, name: str, declared: Option, default: Any) -> None:
         flag = isinstance(default, bool)
@@ -60,12 +60,12 @@ class Parameter(click.Option):
         self.declared = declared
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """As click does, then replace aliases."""
+        """Convert as click does, then replace aliases."""
         value = super().type_cast_value(ctx, value)
         return self.declared.aliases.get(value, value) if self.declared.aliases else value
 
 
-# an argument; a dataclass of options; or a dataclass and the names of some of its options
+# an argument, a dataclass of options, or a dataclass with the names of some of its options
 Part = click.Argument | type | tuple[type, tuple[str, ...]]
 
 
@@ -78,7 +78,7 @@ class Helped(click.Command):
     """A command with ``-h`` for the common options and ``--help`` for all."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click's; its usage errors have the form of our own."""
+        """As in click, but usage errors have the form of this program."""
         try:
             return super().parse_args(ctx, args)
         except click.exceptions.NoArgsIsHelpError:
@@ -87,7 +87,7 @@ class Helped(click.Command):
             raise as_wrong_usage(error, ctx) from None
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """As click's, with ``-h`` before ``--help``."""
+        """As in click, with ``-h`` before ``--help``."""
         *declared, full = super().get_params(ctx)
         full.help = "Show all options."
         return [*declared, _SHORT_HELP, full]
@@ -111,7 +111,7 @@ def _show_short_help(ctx: click.Context, _param: click.Parameter, value: bool) -
 
 
 def is_short(ctx: click.Context) -> bool:
-    """Whether ``-h`` asked for the help."""
+    """Whether the help was requested with ``-h``."""
     return _SHORT in ctx.meta
 
 
@@ -127,7 +127,7 @@ _SHORT_HELP = click.Option(
 
 
 class Command(Helped):
-    """A command whose function takes its arguments and its groups of options, in their order.
+    """A command whose function takes its arguments and its groups of options, in order.
 
     prepare: called with the context before the function, and may change the values in it.
     """
@@ -150,7 +150,7 @@ class Command(Helped):
         self.prepare = prepare
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, but do not take an option's name for the value of the option before it.
+        """Parse, but do not accept the name of an option as the value of the option before it.
 
         ``--fix --in-place run`` would otherwise write into a folder named ``--in-place``. A file
         of such a name can be given as ``--fix=--in-place`` or ``./--in-place``.
@@ -184,7 +184,7 @@ class Command(Helped):
             sys.stdout.flush()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the arguments, and the options in their groups; for ``-h`` the common ones."""
+        """Write the arguments, and the options in their groups; for ``-h``, only common ones."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{g: [] for g in GROUPS}}
         for param in self.get_params(ctx):
             words, text = param.get_help_record(ctx) or ("", "")
@@ -212,12 +212,12 @@ class Command(Helped):
 def command(
     name: str, *parts: Part, prepare: Callable[[click.Context], None] | None = None
 ) -> Callable[[Callable[..., None]], Command]:
-    """A decorator: the command of a function that takes these arguments and groups of options."""
+    """A decorator that makes a command of a function with these arguments and groups of options."""
     return lambda function: Command(name, function, parts, prepare)
 
 
 def given(*names: str) -> list[str]:
-    """The parameters, of these or of all, that were given on the command line."""
+    """Which of these parameters (by default, of all) were given on the command line."""
     context = click.get_current_context()
     return [
         name
@@ -236,7 +236,7 @@ def _parameters(part: Part) -> list[click.Parameter]:
 
 
 def _value(part: Part, values: dict[str, Any]) -> Any:
-    """The value that the function of the command gets for a part."""
+    """The value that is passed to the function of the command for a part."""
     if isinstance(part, click.Argument):
         return values[str(part.name)]
     group, names = _group_of(part)

@@ -20,7 +20,7 @@ _HASHES: dict[str, HashName | None] = {"xxh3": "xxh3_128", "sha256": "sha256", "
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the user asked for.
+    """The requested conversion.
 
     version: the transformers version of ``--for``, if any. given: names of the options on the
     command line.
@@ -43,7 +43,7 @@ class Conversion:
 
 
 def conversion_of(options: Options, details: Details) -> Conversion:
-    """What was asked for. Raises UsageError for options that contradict each other."""
+    """The requested conversion. Raises UsageError for options that contradict each other."""
     version: Any = options.era if hasattr(options.era, "version") else None
     names = frozenset(given())
     if version is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DiffOptions:
-    """What is compared, and how much of it is printed."""
+    """Options for what is compared and printed."""
 
     tensor: str = option(
         "*",
@@ -113,7 +113,7 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
 
 
 def _lines(differences: Sequence[Difference], *, every: bool) -> Iterator[str]:
-    """What differs, the largest relative difference first; a cast of many tensors is one line."""
+    """Lines for differences, largest relative one first; a cast of many tensors is one line."""
     groups: dict[tuple[str, ...], list[Difference]] = {}
     for difference in differences:
         is_cast = difference.kind in ("dtype", "values") and difference.detail

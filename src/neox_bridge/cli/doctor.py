@@ -41,12 +41,12 @@ _ANSWERS: dict[Answer, str] = {
     "translated": "translated by convert:",
     "cannot be": "cannot be converted:",
 }
-_LONGEST = 400  # characters of a line that a framework printed
+_LONGEST = 400  # characters that are shown of a line from a framework
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    """What is diagnosed, and whether it is fixed."""
+    """Options for the diagnosis and the fix."""
 
     target: Target | None = option(
         None,
@@ -290,7 +290,7 @@ def _print(examination: Examination, path: str) -> None:
 
 
 def _print_comparison(rows: Sequence[Row]) -> None:
-    """The features by how they get over, in lines that fit the terminal, or 80 columns."""
+    """Print the features, grouped by how they translate, wrapped to the terminal or 80 columns."""
     columns = get_terminal_size().columns
     width = max(len(row.feature) for row in rows)
     for answer, headline in _ANSWERS.items():
@@ -306,13 +306,13 @@ def _print_comparison(rows: Sequence[Row]) -> None:
 
 
 def _print_message(message: str) -> None:
-    """What a framework printed, with its lines cut: one may name every layer."""
+    """Print the output of a framework with shortened lines, because one may name every layer."""
     for line in map(str.strip, message.splitlines()):
         print_line(f"    {line[:_LONGEST]}{' …' if len(line) > _LONGEST else ''}")
 
 
 def _advise(source: str, paths: Sequence[str], target: Target | None) -> Advice:
-    """What a pasted traceback means, and the command that fixes it."""
+    """Explain a pasted traceback, and print the command that fixes it."""
     from neox_bridge.doctor.advice import advise
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.layouts.text_files import LARGE_BYTES, read_text
@@ -320,7 +320,7 @@ def _advise(source: str, paths: Sequence[str], target: Target | None) -> Advice:
     text = sys.stdin.read() if source == "-" else read_text(source, LARGE_BYTES)
     path = paths[0] if len(paths) == 1 else ""
     checkpoint = None
-    with suppress(BridgeError, OSError):  # the message may be about one that cannot be opened
+    with suppress(BridgeError, OSError):  # the message may be about a checkpoint that does not open
         checkpoint = open_checkpoint(path) if path else None
     advice = advise(text, path, checkpoint, target)
     if advice is None:
@@ -340,7 +340,7 @@ def _advice_facts(advice: Advice) -> dict[str, Any]:
 
 
 def _print_advice(advice: Advice, paths: Sequence[str]) -> None:
-    """What is wrong, why, the one command, other ways and links."""
+    """Print the problem, its cause, the one command, other ways and links."""
     path = paths[0] if len(paths) == 1 else ""
     if advice.contradiction:
         rows = [("why", advice.contradiction), *way_out_rows(advice.steps, (), ())]
@@ -416,7 +416,7 @@ def _fix(
 
 
 def _print_changes(plan: Plan, changes: Iterable[FileChange]) -> None:
-    """What the fix changes: files with the same edits as one block, and what it leaves out."""
+    """Print what the fix changes, one block per set of equal edits, and what it leaves out."""
     from itertools import groupby
 
     from neox_bridge.planning.report import by_reason
@@ -431,7 +431,7 @@ def _print_changes(plan: Plan, changes: Iterable[FileChange]) -> None:
             rows.append((edit.kind, text + (f" ({edit.count} times)" if edit.count > 1 else "")))
         print_block(f"{kind}: {paths}", rows)
     for drop in plan.dropped:
-        if drop.kind == "setting":  # each stands alone: it may change the model
+        if drop.kind == "setting":  # each is listed separately, because it may change the model
             print_line(f"dropped: {drop.name}: {drop.reason}")
     tensors = [drop for drop in plan.dropped if drop.kind != "setting"]
     for reason, names in by_reason(tensors).items():

@@ -15,7 +15,7 @@ from neox_bridge.cli.usage import hint
 from neox_bridge.errors import BridgeError, ChoiceNeeded, SettingsMissing, UsageError
 
 INTERRUPTED = 130
-ARGUMENTS = "neox_bridge.arguments"  # the key of a context's ``meta`` with the words typed
+ARGUMENTS = "neox_bridge.arguments"  # the key in a context's ``meta`` for the typed words
 DEBUG = "NEOX_BRIDGE_DEBUG"
 
 
@@ -48,7 +48,7 @@ def reported() -> Iterator[None]:
 
 
 def message_of(error: Exception) -> str:
-    """What an error says on the command line: options for parameters, and commands that fix it."""
+    """The message of an error with command-line options for parameters, and commands as fixes."""
     if isinstance(error, UsageError):
         return f"{error.spelled(flag)}{'' if error.fix else f' {hint()}'}"
     if isinstance(error, ChoiceNeeded):
@@ -89,7 +89,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _with_commands(error: ChoiceNeeded) -> str:
-    """The reason, and a command per choice: the command that was typed, if it has the option."""
+    """The reason, and one command per choice: the typed command, if it has the option."""
     option = flag(error.parameter)
     words = _typed_words(option)
     if words is None:

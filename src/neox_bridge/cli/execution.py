@@ -28,8 +28,8 @@ def run_plan(
 
     Args:
         source: The source as the user named it.
-        checker: Makes ``execute``'s ``check``.
-        options: More of ``execute``'s.
+        checker: Creates the ``check`` argument of ``execute``.
+        options: Other arguments of ``execute``.
     """
     from neox_bridge.planning.option_checks import check_outside
 

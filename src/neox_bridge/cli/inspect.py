@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from neox_bridge.tensors.tensor_ref import TensorRef
     from neox_bridge.verification.statistics import Statistics
 
-PEEK_BYTES = 4 << 20  # of tensors that are stored twice: only the first bytes are compared
+PEEK_BYTES = 4 << 20  # bytes that are compared of tensors that are stored twice
 
 
 @dataclass(frozen=True, slots=True)
 class InspectOptions:
-    """What is read and printed."""
+    """Options for what is read and printed."""
 
     tensors: bool = option(
         False, "List every tensor: name, shape, dtype, and where it is stored.", common=True
@@ -179,7 +179,7 @@ def _with_optimizer(
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint is, as plain data."""
+    """The facts about a checkpoint, as plain data."""
     from neox_bridge.findings import finding_json
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
@@ -334,7 +334,7 @@ def _embeddings(facts: dict[str, Any]) -> str:
 
 
 def _refs(whole: Whole) -> list[TensorRef]:
-    """Where a tensor lies: its shards, or its one piece."""
+    """The location of a tensor: its shards, or its single piece."""
     return list(whole.shards) or list(
         dict.fromkeys(p.source for p in whole.pieces if p.source is not None)
     )

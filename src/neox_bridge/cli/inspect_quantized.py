@@ -13,7 +13,7 @@ _REASON = "its weights are quantized, so it cannot be converted"
 
 
 def print_quantized(model: "QuantizedFolder", *, as_json: bool, tensors: bool) -> None:
-    """What the model is, and that it cannot be converted, as text or as JSON."""
+    """Print the facts about the model and that it cannot be converted, as text or JSON."""
     facts = describe_quantized(model)
     rows = [
         {"name": name, "dtype": ref.dtype, "shape": list(ref.shape)}
@@ -40,7 +40,7 @@ def print_quantized(model: "QuantizedFolder", *, as_json: bool, tensors: bool) -
 
 
 def describe_quantized(model: "QuantizedFolder") -> dict[str, Any]:
-    """The facts as plain data, under the names that ``inspect --json`` has for other models."""
+    """The facts as plain data, with the keys that ``inspect --json`` has for other models."""
     from neox_bridge.layouts.quantized import way_out
     from neox_bridge.layouts.sizes import elements_by_dtype
     from neox_bridge.stores.paths import size

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """How a checkpoint is opened."""
+    """Options for opening a checkpoint."""
 
     revision: str | None = option(
         None,
@@ -75,7 +75,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """How files are published on the Hub."""
+    """Options for publishing files on the Hub."""
 
     private: bool = option(
         False, "Create the repository as private if it does not exist.", group=HUB
@@ -125,7 +125,7 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is printed."""
+    """Options for the output."""
 
     as_json: bool = option(
         False,
@@ -146,7 +146,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Execution(Output):
-    """How a plan is executed, and what is printed."""
+    """Options for the execution of a plan, and for the output."""
 
     dry_run: bool = option(False, "Print the plan and write nothing.", group=RUN, common=True)
     overwrite: bool = option(False, "Replace DST if it exists.", group=RUN, common=True)

@@ -23,7 +23,7 @@ _COLORS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped":
 
 
 def say(word: str, *texts: str) -> None:
-    """``word: text`` as one line on stderr, the word in color where that is wanted."""
+    """Print ``word: text`` as one line on stderr, with the word in color if enabled."""
     plain_word = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     color = not plain_word and sys.stderr.isatty()
     with suppress(OSError):  # stderr is closed, but the exit code still reports the failure
@@ -52,7 +52,7 @@ def print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> N
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout, with options of the command line in its sentences."""
+    """Print one JSON document on stdout, with command-line options in its sentences."""
     json.dump(plain_data(value, as_options), sys.stdout, indent=2, allow_nan=False)
     print()
 
@@ -72,7 +72,7 @@ def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
 
 
 def print_plan(plan: "Plan", target: str, workers: int | None = None) -> None:
-    """A plan for people, on stdout."""
+    """Print a human-readable plan on stdout."""
     from neox_bridge.execution.memory import peak_memory
     from neox_bridge.planning.report import summary
 
@@ -136,7 +136,7 @@ def _remarks(plan: "Plan") -> list[tuple[str, str]]:
 
 
 def not_copied(files: "Iterable[LeftFile]") -> str:
-    """Say which files beside the source's model are not copied."""
+    """Report the files in the folder of the source that are not copied."""
     names = [
         file.name if file.reason == "not on the list" else f"{file.name} ({file.reason})"
         for file in files

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PatchOptions:
-    """What is done to the tree."""
+    """Options for the patch."""
 
     scripts: bool = option(
         False,
@@ -77,7 +77,7 @@ def patch(tree: str, options: PatchOptions, output: Output) -> None:
 
 
 def _facts(plan: Patch, revert: bool, dry_run: bool) -> dict[str, Any]:
-    """What was done or would be, as plain data."""
+    """The changes that were or would be made, as plain data."""
     return document(
         tree=plan.tree,
         action="revert" if revert else "patch",

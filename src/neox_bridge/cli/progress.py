@@ -15,14 +15,14 @@ from neox_bridge.wording import human
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-PROGRESS_SECONDS = 10  # between two lines off a terminal
-# what the bars and lines call a phase, where its name alone would not tell
+PROGRESS_SECONDS = 10  # seconds between two lines if stderr is not a terminal
+# labels of phases whose names are not clear enough
 _WORDS: dict[Phase, str] = {"checking": "checking finished files"}
 
 
 @contextmanager
 def progress_bar(total: int | None, phase: Phase, quiet: bool) -> Iterator[Count | None]:
-    """Yields what to call with the bytes of one phase, or None where nothing is shown."""
+    """Yields a function to call with the bytes of one phase, or None if nothing is shown."""
     with shown_phases(quiet) as phases:
         if phases is None:
             yield None
@@ -33,9 +33,9 @@ def progress_bar(total: int | None, phase: Phase, quiet: bool) -> Iterator[Count
 
 @contextmanager
 def shown_phases(quiet: bool) -> Iterator[Phases | None]:
-    """Yields phases that are shown, or None where nothing is.
+    """Yields the object to report phases to, or None if nothing is shown.
 
-    HF_HUB_DISABLE_PROGRESS_BARS turns that off, as in Hugging Face's own tools.
+    HF_HUB_DISABLE_PROGRESS_BARS disables progress, as in the tools of Hugging Face.
     """
     off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
     if quiet or off:
@@ -83,13 +83,13 @@ def _lines() -> Callable[[Progress], None]:
 
 
 def progress_line(progress: Progress, seconds: float) -> str:
-    """How far a phase is, as one line. seconds: since it began."""
+    """The progress of a phase as one line. seconds: since it began."""
     label = _WORDS.get(progress.phase, progress.phase)
     return line_of(label, progress.done, progress.total, seconds)
 
 
 def line_of(label: str, done: float, total: float | None, seconds: float) -> str:
-    """The label, and how many bytes of the total were done in these seconds."""
+    """A line with the label, the bytes done, the total, the rate and the ETA."""
     words = f"{label}: {human(done)}"
     rate = done / seconds if seconds > 0 else 0
     if total:
@@ -102,7 +102,7 @@ def line_of(label: str, done: float, total: float | None, seconds: float) -> str
 
 
 def bars() -> "Bars":
-    """Bars on stderr with rate and the time that is left, which vanish at the end."""
+    """Bars on stderr with rate and ETA, which disappear at the end."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

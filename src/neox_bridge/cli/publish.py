@@ -34,7 +34,7 @@ def check_upload(upload: Upload, target: str) -> None:
 
 
 def root_of(target: str) -> str:
-    """The folder that a GPT-NeoX yml names; for the Hub, the folder into which users download."""
+    """The folder in the paths of a GPT-NeoX yml; for the Hub, the user's download folder."""
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.hub_names import hub_target, reader_folder
 
@@ -144,7 +144,7 @@ def _finished(
 
 
 def _with_paths_blank(plan: "Plan") -> "Plan":
-    """The plan with the paths in its yml as blanks: only the downloader knows them."""
+    """The plan with blanks for the paths in its yml, which only the downloader knows."""
     keys = ("load", "save", "vocab_file")
     path_blanks = tuple((file, key) for file, _ in plan.blanks[:1] for key in keys)
     return replace(plan, blanks=tuple(dict.fromkeys((*plan.blanks, *path_blanks))))

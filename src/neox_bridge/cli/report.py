@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """What is written, and of what."""
+    """Options for the page and its inputs."""
 
     output: str = option(
         "report.html",

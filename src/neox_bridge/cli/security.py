@@ -16,7 +16,7 @@ _MOST = 50  # names that are printed per file; --json lists all
 
 
 def print_security(path: str, as_json: bool) -> None:
-    """Every file's names, and the verdict; ends with exit code 1 where something isn't known."""
+    """Print the names in every file, and the verdict. Exit code 1 if a name is not known."""
     from neox_bridge.layouts.security import scan_path
 
     reports = scan_path(path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def measure(
     checkpoint: "Checkpoint", pattern: str, workers: int | None
 ) -> tuple[list["Statistics"], list["Finding"]]:
-    """The statistics of a checkpoint's tensors, with a progress bar, and what is wrong in them."""
+    """Compute the statistics of a checkpoint's tensors, with a progress bar, and findings."""
     from neox_bridge.verification.statistics import findings, statistics
 
     with progress_bar(checkpoint.size, "reading", False) as progress:
@@ -26,7 +26,7 @@ def measure(
 
 
 def stats_json(stats: Sequence["Statistics"]) -> list[dict[str, Any]]:
-    """As plain data; null stands for what no finite value tells, as JSON has no NaN."""
+    """Statistics as plain data. null replaces NaN and infinities, which JSON does not support."""
     return [
         {
             key: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,7 +45,7 @@ class _Stream(io.TextIOWrapper):
 
 
 class _Unprotected:
-    """A protected stream for progress bars, whose control codes are the terminal's business."""
+    """A protected stream for progress bars, which keeps their control codes."""
 
     def __init__(self, stream: _Stream) -> None:
         self._stream = stream
@@ -56,7 +56,7 @@ class _Unprotected:
 
 
 def protect_streams() -> None:
-    """Protect stdout and stderr, also where the process was started without them (``>&-``)."""
+    """Protect stdout and stderr, even if the process was started without them (``>&-``)."""
     while (opened := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # one of the three was closed, so the next opened file would have become stdout
     os.close(opened)
@@ -83,7 +83,7 @@ def for_progress() -> TextIO:
 
 
 def write_color(code: str) -> None:
-    """A terminal's code for a color on stderr, where that is a terminal."""
+    """Write a terminal code for a color to stderr, if that is a terminal."""
     stream = sys.stderr
     (stream.write_as_is if isinstance(stream, _Stream) else stream.write)(code)
 

@@ -28,7 +28,7 @@ NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class ToyOptions:
-    """A made-up checkpoint."""
+    """Options for the random checkpoint."""
 
     kind: Literal["hf", "neox"] = option(
         None,

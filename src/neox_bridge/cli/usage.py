@@ -1,4 +1,4 @@
-"""Wrong usage: one line on stderr and exit code 2, whether click or our own code notices it.
+"""Usage errors: one line on stderr and exit code 2, whether click or this package raises them.
 
 ``error: WORD: what is wrong. What to do.``
 """
@@ -17,35 +17,35 @@ EXIT_CODE = 2
 
 
 class WrongUsage(click.ClickException):
-    """A usage error in the form that all of them have."""
+    """A usage error in the common form."""
 
     exit_code = EXIT_CODE
 
     def show(self, _file: Any = None) -> None:
-        """Print the message as the other errors are printed."""
+        """Print the message like other errors."""
         say("error", self.message)
 
 
 def wrong(word: str, reason: str, fix: str = "", *, command: str = "") -> WrongUsage:
-    """An error about a word of the command line, with the fix or else where the usage is."""
+    """An error about a word of the command line, with the fix or else a pointer to the usage."""
     return WrongUsage(f"{word}: {reason}. {fix or hint(command)}")
 
 
 def hint(command: str = "") -> str:
-    """Where the usage is explained. command: by default the running one."""
+    """A pointer to the usage. command: by default, the running one."""
     context = click.get_current_context(silent=True)
     path = command or (context.command_path if context is not None else "neox-bridge")
     return f"Try '{path} --help'."
 
 
 def did_you_mean(word: str, possible: Iterable[str]) -> str:
-    """A sentence with the words that are nearly this one; "" if there is none."""
+    """A sentence with similar words; "" if there are none."""
     *others, last = get_close_matches(word, list(possible)) or [""]
     return f"Did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if last else ""
 
 
 def as_wrong_usage(error: click.UsageError, context: click.Context) -> WrongUsage:
-    """What click noticed, in the form of all usage errors."""
+    """An error of click in the common form of usage errors."""
     path = context.command_path
     if isinstance(error, click.NoSuchOption):
         fix = did_you_mean(error.option_name, error.possibilities or ())
@@ -66,13 +66,13 @@ def as_wrong_usage(error: click.UsageError, context: click.Context) -> WrongUsag
 
 
 def no_such_command(word: str, commands: Iterable[str]) -> NoReturn:
-    """Raise the error for a word that is no command."""
+    """Raise the error for an unknown command."""
     fix = did_you_mean(word, commands)
     raise wrong(plain(word), "no such command", fix, command="neox-bridge")
 
 
 def _name(error: click.BadParameter) -> str:
-    """The option, or the argument as the help calls it."""
+    """The option, or the name of the argument in the help."""
     param = error.param
     if isinstance(param, click.Option):
         return max(param.opts, key=len)

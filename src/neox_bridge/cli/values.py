@@ -1,4 +1,4 @@
-"""Values of options: read from what a user types, or a usage error that names what is allowed."""
+"""Parses values of options, or raises a usage error that names the allowed values."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _ROWS = ("all", "tokenizer", "keep")
 
 
 class PathName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """A path, which the shell can complete, or a URL, or a model of the Hub."""
+    """A path, which the shell can complete, a URL, or a model on the Hub."""
 
     name = "path"
 
@@ -48,7 +48,7 @@ class Framework(click.ParamType):  # type: ignore[type-arg]
 
 
 class Word(click.Choice):  # type: ignore[type-arg]
-    """One of some words; another is a usage error that names them, and the nearest first."""
+    """One of several words. For others, a usage error lists them, the most similar first."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if value in self.choices:
@@ -97,7 +97,7 @@ def type_of(declared: Option) -> dict[str, Any]:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of 5GB (powers of 1000), 5GiB (powers of 1024) or a plain number."""
+    """Parse 5GB (powers of 1000), 5GiB (powers of 1024) or a plain number into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), re.IGNORECASE)
     unit = _UNITS.get(match[2].upper()) if match else None
     count = float(match[1]) * unit if match and unit else 0.0
@@ -156,7 +156,7 @@ def _parse_picture(text: str) -> str:
 
 
 _FRAMEWORK = "neox:TREE|neox@2024-03|today|transformers@4.48"
-# what an option's ``value`` names: its type, and its metavar
+# type and metavar by the ``value`` of an option
 TYPES: dict[str, tuple[Any, str | None]] = {
     "": (str, None),
     "path": (PathName(), "PATH"),

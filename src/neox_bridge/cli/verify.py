@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """What is compared."""
+    """Options for the comparison."""
 
     optimizer: bool = option(
         False, "Also compare the optimizer states of two GPT-NeoX checkpoints.", common=True

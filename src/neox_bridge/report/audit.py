@@ -83,7 +83,7 @@ def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plo
 
 
 def against_section(document: Document, name: str, _prefix: str) -> Section:
-    """A row for each step of both runs, those that are not the same first."""
+    """A row for each step of both runs, different ones first."""
     comparisons = document["comparisons"]
     rows = [row for comparison in comparisons for row in comparison["rows"]]
     counts = {

@@ -11,8 +11,8 @@ from neox_bridge.wording import wording
 if TYPE_CHECKING:
     from neox_bridge.verification.lines_figure import Series
 
-PLOTTED_RUNS = 8  # that get a plot of their own
-_INK, _GRID = "#123456", "#dddddd"  # text and axes, told apart from black on a coloured cell
+PLOTTED_RUNS = 8  # tensors that get a separate plot
+_INK, _GRID = "#123456", "#dddddd"  # text and axes, distinct from black text on a colored cell
 _RC = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -23,7 +23,7 @@ _RC = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-# the colours of the plots by the page's names for them, which the dark page has lighter
+# the plot colors by their CSS names in the page, which are lighter in dark mode
 _THEMED = {
     _INK: "currentColor",
     _GRID: "var(--grid)",
@@ -35,9 +35,9 @@ _HEAD = re.compile(r'<svg\b[^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>')
 
 
 def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
-    """A figure for a page. draw: makes the matplotlib figure. prefix: of its ids.
+    """A figure for a page. draw: makes the matplotlib figure. prefix: added to its ids.
 
-    Raises BridgeError where matplotlib is missing.
+    Raises BridgeError if matplotlib is missing.
     """
     from neox_bridge.verification.drawing import require, svg_of
 
@@ -53,7 +53,7 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
     # without matplotlib's metadata and fixed size, which the page's style sets
     svg = f'<svg viewBox="0 0 {head[1]} {head[2]}" role="img">' + svg[head.end() :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.DOTALL)
-    # the page's own font: names fill the same room in every theme, and print
+    # use the font of the page, so that names have the same width in every theme and in print
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg).replace("xlink:href", "href")
     return Plot(wording(_themed(svg)), caption, round(float(head[1]) * 4 / 3))
 
@@ -77,7 +77,7 @@ def lines_plot(
 def _themed(svg: str) -> str:
     for colour, name in _THEMED.items():
         svg = svg.replace(colour, name)
-    # letters on coloured cells stay black or white; what else is black is ink
+    # letters on colored cells stay black or white; other black parts get the text color
     parts = re.split(r"(<text\b[^>]*>)", svg)
     parts = [part if part.startswith("<text") else _inked(part) for part in parts]
     return re.sub(r"\n\s*", "\n", "".join(parts))

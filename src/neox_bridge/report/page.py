@@ -46,15 +46,15 @@ def verdict_of(sections: Sequence[Section]) -> Verdict:
 
 
 def _shown(value: object) -> object:
-    """A value of the template: names can't turn the direction of what follows them."""
+    """Make a template value safe: names cannot change the text direction after them."""
     return wording(value) if type(value) is str else value  # plots are Markup
 
 
 def render(title: str, sections: Sequence[Section], read: Facts, date: str) -> str:
     """The page as text: the same for the same arguments.
 
-    read: what was read, and what is known of it. Names in the sections are escaped; plots are
-    taken as they are. Raises BridgeError where jinja2 is missing.
+    read: the inputs, with their provenance. Names in the sections are escaped; plots are inserted
+    unchanged. Raises BridgeError if jinja2 is missing.
     """
     require()
     from jinja2 import Environment, StrictUndefined

@@ -1,4 +1,4 @@
-"""What a page is made of, as plain data."""
+"""The parts of a page, as plain data."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import Any, Literal
 from neox_bridge.findings import Finding
 
 VerdictState = Literal["good", "neutral", "warning", "differs", "bad"]
-# from the best to the worst: a page is as its worst section
+# from best to worst; a page has the state of its worst section
 STATES: tuple[VerdictState, ...] = ("neutral", "good", "warning", "differs", "bad")
 Facts = Sequence[tuple[str, str]]
-Document = Mapping[str, Any]  # what a command printed with --json, or a part of it
-_OPEN_ROWS = 24  # of a table that needn't be folded
+Document = Mapping[str, Any]  # the output of a command with --json, or a part of it
+_OPEN_ROWS = 24  # rows of a table that need not be folded
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How it stands, in words; state: the colour and sign that go with them.
+    """A result in words. state: its color and symbol.
 
     holds: whether the command that found it ends with exit code 0.
     """
@@ -29,7 +29,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text. align: a letter a column, l or r. folded: shown when asked for."""
+    """Rows of text. align: one letter per column, l or r. folded: whether it starts collapsed."""
 
     caption: str
     head: Sequence[str]
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One ``<svg>`` element, and what it shows. width: in CSS pixels, of its natural size."""
+    """One ``<svg>`` element and its caption. width: its natural width in CSS pixels."""
 
     svg: str
     caption: str
@@ -49,7 +49,7 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One result. provenance: where it comes from, for the foot of the page."""
+    """One result. provenance: its origin, for the page footer."""
 
     kind: str
     title: str
@@ -68,7 +68,7 @@ def tables_of(
     wrong: Sequence[Document],
     wrong_caption: str,
 ) -> list[Table]:
-    """All rows as a table; where they are many, it is folded below one of those that are wrong."""
+    """All rows as a table. A long table is folded below a table of the faulty rows."""
     many = len(rows) > _OPEN_ROWS
     first = [table(wrong, wrong_caption, False)] if wrong and many else []
     return [*first, table(rows, caption, many)]
@@ -86,11 +86,11 @@ def number(value: object) -> float:
 
 
 def worst(states: Iterable[VerdictState]) -> VerdictState:
-    """The worst of several states."""
+    """The worst of these states."""
     return max(states, key=STATES.index, default="neutral")
 
 
 def state_of(findings: Iterable[Finding]) -> VerdictState:
-    """Errors are bad, warnings a warning; without them all is good."""
+    """Errors are "bad", warnings "warning"; without any, the state is "good"."""
     states: dict[str, VerdictState] = {"error": "bad", "warning": "warning"}
     return worst(["good", *(states.get(finding.severity, "good") for finding in findings)])

@@ -14,12 +14,12 @@ from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked
 from neox_bridge.wording import human
 
-_MOST_BYTES = 256 << 20  # bytes of a JSON file: that of a plan of a large model is some MB
+_MOST_BYTES = 256 << 20  # largest JSON file; the plan of a large model takes a few MB
 
 
 @dataclass(frozen=True, slots=True)
 class ReportInput:
-    """A checkpoint's folder, or a JSON document. provenance: for the foot of the page."""
+    """A checkpoint's folder, or a JSON document. provenance: its origin, for the page footer."""
 
     name: str
     provenance: str
@@ -27,9 +27,9 @@ class ReportInput:
 
 
 def inputs(paths: Sequence[str]) -> list[ReportInput]:
-    """What the paths hold, in their order; a folder's files in order of their names.
+    """Read the inputs in the order of the paths, and files of a folder by name.
 
-    Raises BridgeError for what is neither a checkpoint nor such a file.
+    Raises BridgeError for a path that is neither a checkpoint nor a JSON document.
     """
     return [one for path in paths for one in _inputs(path)]
 

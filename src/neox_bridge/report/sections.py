@@ -27,7 +27,7 @@ from neox_bridge.verification.statistics import Statistics
 from neox_bridge.verification.verify import Verification, describe
 from neox_bridge.wording import KINDS, human, plural, side
 
-# lines of ``inspect`` that stand as title, findings and provenance
+# lines of ``inspect`` that appear as title, findings and provenance
 _ELSEWHERE = ("path", "written by", "error", "warning", "info")
 _OPEN = 12  # rows up to which a table is not folded
 
@@ -70,9 +70,9 @@ def checkpoint_section(
     findings: Sequence[Finding],
     prefix: str,
 ) -> Section:
-    """A checkpoint: what it is, its tensors layer by layer, and where it comes from.
+    """A checkpoint: its facts, its tensors layer by layer, and its origin.
 
-    lines: what ``inspect`` says. record: its ``neox_bridge.json``, where there is one.
+    lines: the output of ``inspect``. record: its ``neox_bridge.json``, if there is one.
     """
     from neox_bridge.verification.statistics_figure import statistics_figure
 
@@ -102,7 +102,7 @@ def checkpoint_section(
 
 
 def verification_section(result: Verification, source: str, name: str, prefix: str) -> Section:
-    """A verification of what the user calls ``name``: a page goes to others, paths stay here."""
+    """A verification of ``name``. Paths are not shown, because a page may be shared."""
     named = {"holds": result.holds, "source": source, "target": name}
     return _verification({**asdict(result), **named}, name, prefix)
 
@@ -315,7 +315,7 @@ def _origin(record: Mapping[str, Any]) -> Facts:
 
 
 def _source(source: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where a conversion came from; what another version wrote is shown as it is."""
+    """The source of a conversion. Documents of other versions are shown unchanged."""
     if not {"kind", "dtype"} <= set(source) or source["kind"] not in KINDS:
         return _flat(source)
     more = [(key, str(source[key])) for key in ("revision", "iteration") if key in source]
@@ -323,7 +323,7 @@ def _source(source: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(record: Mapping[str, Any]) -> list[Table]:
-    """The run's settings, or the model's, that the conversion kept."""
+    """The settings of the run or the model that the conversion kept."""
     neox = record.get("neox")
     kept = (
         ("Settings of the GPT-NeoX run", neox.get("yml") if isinstance(neox, Mapping) else None),
