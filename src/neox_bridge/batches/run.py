@@ -65,11 +65,14 @@ def _silent(_: Event) -> None:
 class Batch:
     """The settings of a batch.
 
-    target: the folder that gets a subfolder per checkpoint. hub: the model that gets a branch per
-    checkpoint instead. retries: per checkpoint, after its first failure. every_hash: whether
-    finished checkpoints are read again to check their hashes. norms: whether to compute the L2
-    norms of the written tensors. version: of transformers, which must load the results. ahead:
-    checkpoints in progress at a time; by default enough to keep the pool busy.
+    Attributes:
+        target: The folder that gets a subfolder per checkpoint.
+        hub: The model that gets a branch per checkpoint instead.
+        retries: Retries per checkpoint, after its first failure.
+        every_hash: Whether finished checkpoints are read again to check their hashes.
+        norms: Whether to compute the L2 norms of the written tensors.
+        version: The version of transformers that must load the results.
+        ahead: Checkpoints in progress at a time; by default enough to keep the pool busy.
     """
 
     target: str

@@ -46,8 +46,11 @@ class Moves:
 class RootFiles:
     """The files and folders in the root of a run: which are written, and which are removed.
 
-    step: the step of the plan. names: the names that files and folders of the plan get; files
-    without a name are not written. retired: files of the run that are removed.
+    Attributes:
+        step: The step of the plan.
+        names: The names that files and folders of the plan get; files without a name are not
+            written.
+        retired: Files of the run that are removed.
     """
 
     step: str

@@ -15,8 +15,10 @@ _places: "dict[Callable[..., Any], Callable[..., Places]]" = {}
 class Places:
     """The files that a call reads and writes, by absolute paths.
 
-    files: files to read, with the bytes that are read of each. folders: folders of which it may
-    read all files. writes: folders in which it creates files.
+    Attributes:
+        files: Files to read, with the bytes that are read of each.
+        folders: Folders of which it may read all files.
+        writes: Folders in which it creates files.
     """
 
     files: Mapping[str, int] = field(default_factory=dict)

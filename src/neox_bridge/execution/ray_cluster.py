@@ -68,8 +68,11 @@ class _Call(Future[Any]):
 class _Member:
     """A node of the cluster.
 
-    code: whether it has the same code as this process; None until it answers. running: its calls.
-    views: its views of the folders that calls need now. asked: folders with a pending request.
+    Attributes:
+        code: Whether it has the same code as this process; None until it answers.
+        running: Its calls.
+        views: Its views of the folders that calls need now.
+        asked: Folders with a pending request.
     """
 
     node: Node

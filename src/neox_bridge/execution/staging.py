@@ -26,8 +26,10 @@ def check_target(
 ) -> None:
     """Raise BridgeError, before anything is written, if the target cannot be created.
 
-    sources: files that are read. step: as in ``replaced_by``. in_place: whether the target contains
-    the sources and is replaced by the finished files.
+    Args:
+        sources: Files that are read.
+        step: As in ``replaced_by``.
+        in_place: Whether the target contains the sources and is replaced by the finished files.
     """
     real = os.path.realpath(target)
     replaced = replaced_by(real, step)

@@ -44,9 +44,11 @@ def derived_settings(
 ) -> DerivedSettings:
     """The hyperparameters of an Adam whose states are elastic. Raises Refused for others.
 
-    raw: the merged yml. meta: the content of the first mp_rank file, ``path``. scalars: the
-    non-tensor values of the states, by group; their "step" is kept. version: of DeepSpeed, "" if
-    unknown.
+    Args:
+        raw: The merged yml.
+        meta: The content of the first mp_rank file, ``path``.
+        scalars: The non-tensor values of the states, by group; their "step" is kept.
+        version: The version of DeepSpeed; "" if unknown.
     """
     yml = f"{folder}{CONFIGS}"
     optimizer = mapping(raw, "optimizer", yml)

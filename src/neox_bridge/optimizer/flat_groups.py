@@ -26,9 +26,13 @@ def flat_group(
 ) -> tuple[Parts, Parts]:
     """Separate the parts of a group from their padding, by state, in the order of the group.
 
-    ranks: the files of one model-parallel rank, by data-parallel rank. index: the number of the
-    group. shapes: the shapes of its parameters, in order. Raises BridgeError if the parts do not
-    match.
+    Args:
+        ranks: The files of one model-parallel rank, by data-parallel rank.
+        index: The number of the group.
+        shapes: The shapes of its parameters, in order.
+
+    Raises:
+        BridgeError: The parts do not match.
     """
     first = ranks[0]
     intervals = len(first.parts[index])

@@ -40,9 +40,12 @@ _POWERS: dict[str, dict[str, int]] = {**dict.fromkeys(ADAMS, _ADAM), "lion": {"e
 class Rescaling:
     """How an optimizer is rescaled for gradients of another scale.
 
-    factor: the new scale divided by the old one. powers: of the factor, by state.
-    decays: whether weight_decay is scaled, since it is added to the gradient (L2 mode).
-    has_eps: whether the optimizer has an ``eps``. half: whether the run is in float16.
+    Attributes:
+        factor: The new scale divided by the old one.
+        powers: The power of the factor for each state.
+        decays: Whether weight_decay is scaled, since it is added to the gradient (L2 mode).
+        has_eps: Whether the optimizer has an ``eps``.
+        half: Whether the run is in float16.
     """
 
     factor: Fraction
@@ -204,8 +207,10 @@ def rescaling(
 ) -> Rescaling:
     """Choose how the run continues with gradients of another scale.
 
-    factor: the new scale divided by the old one. dtype: the dtype of the run. way_out: the advice
-    in the Refused that is raised if no rescaling keeps the run the same.
+    Args:
+        factor: The new scale divided by the old one.
+        dtype: The dtype of the run.
+        way_out: The advice in the Refused that is raised if no rescaling keeps the run the same.
     """
     setting = raw.get("optimizer") or {}
     name = str(setting.get("type") or "adam").lower()

@@ -38,9 +38,11 @@ def parameter_order(
 ) -> tuple[Groups, OrderSource]:
     """The parameters of a model-parallel rank in flat-group order, and the source of that order.
 
-    number: the number of the mp_rank file. count: the number of groups in the optimizer states in
-    ``path``. recorded: the dictionaries that may contain ``param_shapes``, each with its file; the
-    first one that does is used.
+    Args:
+        number: The number of the mp_rank file.
+        count: The number of groups in the optimizer states in ``path``.
+        recorded: The dictionaries that may contain ``param_shapes``, each with its file; the first
+            one that does is used.
     """
     for file, values in recorded:
         value = values.get("param_shapes")

@@ -50,11 +50,14 @@ _LEAST_PART_BYTES = 128  # of the file per part, because its pickle describes at
 class RankStates:
     """The states of one data-parallel rank on one model-parallel rank.
 
-    parts: the states by name, masters first, by group and communication interval. All have one
-        dimension. In the current format, each may end with padding; in others, all or none do.
-    scalars: the non-tensor values of the states, by group.
-    settings: ``param_groups`` without their parameters; None for elastic states, which have none.
-    head: the rest of ``optimizer_state_dict``. outer: the other keys of the file.
+    Attributes:
+        parts: The states by name, masters first, by group and communication interval. All have one
+            dimension. In the current format, each may end with padding; in others, all or none do.
+        scalars: The non-tensor values of the states, by group.
+        settings: ``param_groups`` without their parameters; None for elastic states, which have
+            none.
+        head: The rest of ``optimizer_state_dict``.
+        outer: The other keys of the file.
     """
 
     path: str

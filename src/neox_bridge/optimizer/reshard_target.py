@@ -35,10 +35,14 @@ from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
 class Target:
     """The resolved target.
 
-    config: with the vocabulary rows of the target. step: its folder. source: the batch of the
-    source. rescaling: how the optimizer continues with gradients of another scale; None if the
-    scale is the same. settings: the run's yml for the GPT-NeoX versions of the target. findings:
-    about its gradients.
+    Attributes:
+        config: The model config, with the vocabulary rows of the target.
+        step: The folder of the step.
+        source: The batch of the source.
+        rescaling: How the optimizer continues with gradients of another scale; None if the scale is
+            the same.
+        settings: The run's yml for the GPT-NeoX versions of the target.
+        findings: The findings about its gradients.
     """
 
     layout: RankLayout

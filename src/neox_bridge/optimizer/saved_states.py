@@ -30,10 +30,12 @@ from neox_bridge.optimizer.states import SavedForm
 class SavedStates:
     """The files of ZeRO's optimizer states of a checkpoint.
 
-    form: the format of the states; None if the first file has no masters in a known format. stage:
-    the ZeRO stage. version: of DeepSpeed; "" if not recorded. resumption: the versions that can
-    resume them; None if the format is unknown. incomplete: a description of missing or surplus
-    files; "" if the files are complete.
+    Attributes:
+        form: The format of the states; None if the first file has no masters in a known format.
+        stage: The ZeRO stage.
+        version: The version of DeepSpeed; "" if not recorded.
+        resumption: The versions that can resume them; None if the format is unknown.
+        incomplete: A description of missing or surplus files; "" if the files are complete.
     """
 
     form: SavedForm | None

@@ -53,9 +53,11 @@ class Group:
 class SavedForm:
     """The format of the optimizer states in files of ZeRO stage 1 or 2.
 
-    kind: "elastic" or "rigid". generation: the versions of DeepSpeed that save this format.
-    dp: the data-parallel ranks that saved it. intervals: communication intervals of each group, on
-    the first model-parallel rank.
+    Attributes:
+        kind: "elastic" or "rigid".
+        generation: The versions of DeepSpeed that save this format.
+        dp: The number of data-parallel ranks that saved it.
+        intervals: Communication intervals of each group, on the first model-parallel rank.
     """
 
     kind: StatesKind
@@ -68,8 +70,10 @@ class SavedForm:
 class Derived:
     """A value of the optimizer that its files do not contain.
 
-    key: its name in ``Group.settings``. value: what it must have been. source: what it was derived
-    from, such as "lr_scheduler" or "1 + iteration - skipped_steps".
+    Attributes:
+        key: Its name in ``Group.settings``.
+        value: What it must have been.
+        source: What it was derived from, such as "lr_scheduler" or "1 + iteration - skipped_steps".
     """
 
     key: str
@@ -81,16 +85,22 @@ class Derived:
 class Optimizer:
     """Every state of every parameter, as references.
 
-    stage: the ZeRO stage. dp: data-parallel ranks. keys: the states of a parameter, in order.
-    groups: those of all ranks. members: the group of each parameter.
-    shards: the part of a parameter on a tensor-parallel rank, by state.
-    head: the dictionary of the optimizer without the entries per parameter.
-    metas: the contents of the mp_rank files by number, stage x TP + rank.
-    generators: the states on rank 0 of the generators that differ by tensor-parallel rank, by name.
-    files: absolute paths of the files that contain only optimizer states.
-    form: the format of the states at ZeRO stages 1 and 2; None for all others.
-    derived: the settings of ``groups`` that no file contains. derived_findings: the findings about
-    them. findings: doubts about the values of the states.
+    Attributes:
+        stage: The ZeRO stage.
+        dp: The number of data-parallel ranks.
+        keys: The states of a parameter, in order.
+        groups: The parameter groups of all ranks.
+        members: The group of each parameter.
+        shards: The part of a parameter on a tensor-parallel rank, by state.
+        head: The dictionary of the optimizer without the entries per parameter.
+        metas: The contents of the mp_rank files by number, stage x TP + rank.
+        generators: The states on rank 0 of the generators that differ by tensor-parallel rank, by
+            name.
+        files: Absolute paths of the files that contain only optimizer states.
+        form: The format of the states at ZeRO stages 1 and 2; None for all others.
+        derived: The settings of ``groups`` that no file contains.
+        derived_findings: The findings about them.
+        findings: Doubts about the values of the states.
     """
 
     wrapper: Wrapper

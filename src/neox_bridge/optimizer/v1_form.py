@@ -190,8 +190,11 @@ def v1_files(
 ) -> Iterator[OutputFile]:
     """The optimizer state files of one model-parallel rank, by the number of its mp_rank file.
 
-    optimizer: in the format of v1.0. raw: the yml of the target. order: DeepSpeed's names of the
-    rank's parameters, in the order in which the model registers them.
+    Args:
+        optimizer: The optimizer in the format of v1.0.
+        raw: The yml of the target.
+        order: DeepSpeed's names of the rank's parameters, in the order in which the model registers
+            them.
     """
     zero = mapping(raw, "zero_optimization", "the yml")
     bucket = whole(zero, "reduce_bucket_size", "the yml") or BUCKET_ELEMENTS

@@ -31,8 +31,12 @@ _NUMBER = re.compile(r"(\d+)\\\.")
 class Universal:
     """The unsplit parameters of a model, for universal files.
 
-    states: by state and parameter. splits: how ranks share a parameter. names: DeepSpeed's names,
-    in the order of GPT-NeoX's modules. config, layout: of the target.
+    Attributes:
+        states: The tensors, by state and parameter.
+        splits: How ranks share a parameter.
+        names: DeepSpeed's names, in the order of GPT-NeoX's modules.
+        config: The model config of the target.
+        layout: The layout of the target.
     """
 
     states: Mapping[str, Mapping[Parameter, OutputTensor]]
@@ -107,8 +111,11 @@ def universal(
 
     A bias that ranks sum is stored as an equal share of the sum, because DeepSpeed gives every rank
     the stored value at load.
-    model: of the target, without its tensors. wholes: by state, and by Hugging Face name.
-    names: DeepSpeed's names, in the order of GPT-NeoX's modules.
+
+    Args:
+        model: The model of the target, without its tensors.
+        wholes: The assembled tensors, by state and Hugging Face name.
+        names: DeepSpeed's names, in the order of GPT-NeoX's modules.
     """
     config, layout = model.config, model.layout
     plain = replace(model, config=replace(config, dtype="float32"))

@@ -65,9 +65,12 @@ def zero_files(
 ) -> Iterator[OutputFile]:
     """The files of all ranks.
 
-    optimizer: the source of the wrapper and the scalars. groups: by model-parallel rank. stage: the
-    ZeRO stage. outer: the keys of a file besides the optimizer's dictionary. bf16: whether the
-    model is in bf16.
+    Args:
+        optimizer: The source of the wrapper and the scalars.
+        groups: The parameter groups, by model-parallel rank.
+        stage: The ZeRO stage.
+        outer: The keys of a file besides the optimizer's dictionary.
+        bf16: Whether the model is in bf16.
     """
     prefix = "bf16_" if bf16 else ""
     for number, rank_groups in groups.items():

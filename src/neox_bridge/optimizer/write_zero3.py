@@ -91,8 +91,10 @@ def zero3_state_files(
 ) -> Iterator[OutputFile]:
     """The files of optimizer states.
 
-    groups: the sub-groups by model-parallel rank. outer: the keys of a file besides the optimizer's
-    dictionary. bf16: whether the model is in bf16.
+    Args:
+        groups: The sub-groups by model-parallel rank.
+        outer: The keys of a file besides the optimizer's dictionary.
+        bf16: Whether the model is in bf16.
     """
     prefix = "bf16_" if bf16 else ""
     for number, of_rank in groups.items():

@@ -92,9 +92,13 @@ def audit(
 ) -> Audit:
     """Read the weights of every checkpoint, unless cached, and compare them.
 
-    optimizer: also audit optimizer states. faults: already known faults. same_init: runs of the
-    same shape must have equal initial weights. cache: its folder (``hash_cache``), or None. A fault
-    in one checkpoint does not stop the audit of the others.
+    A fault in one checkpoint does not stop the audit of the others.
+
+    Args:
+        optimizer: Also audit optimizer states.
+        faults: Already known faults.
+        same_init: Runs of the same shape must have equal initial weights.
+        cache: The folder of the cache (``hash_cache``), or None.
     """
     runs: dict[str, list[Step]] = {}
     numbers: dict[str, list[int]] = {}

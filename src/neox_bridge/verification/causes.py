@@ -36,8 +36,12 @@ _BIASES = {
 class Hypothesis:
     """Another interpretation of the same weights.
 
-    cause: what is wrong, in one or two words. settings: of the reference. text: what it would mean.
-    inherent: whether no conversion can remove it, because the other framework cannot do otherwise.
+    Attributes:
+        cause: What is wrong, in one or two words.
+        settings: The changed settings of the reference.
+        text: The explanation, for display.
+        inherent: Whether no conversion can remove it, because the other framework cannot do
+            otherwise.
     """
 
     cause: str

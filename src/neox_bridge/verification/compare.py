@@ -43,9 +43,12 @@ MEASURED_ELEMENTS = 1 << 16  # elements per block if several float64 copies are 
 class Difference:
     """The result of comparing one tensor of two checkpoints.
 
-    differing: elements whose bits differ. largest, mean: of the absolute difference.
-    relative: largest, divided by the largest absolute value of the first.
-    detail: shapes, dtypes or ranks, for people.
+    Attributes:
+        differing: The number of elements whose bits differ.
+        largest: The largest absolute difference.
+        mean: The mean absolute difference.
+        relative: ``largest`` divided by the largest absolute value of the first.
+        detail: Shapes, dtypes or ranks, for display.
     """
 
     name: str

@@ -40,12 +40,15 @@ class Shard:
 class Fingerprint:
     """A summary of a tensor's content in a few bytes.
 
-    hash: xxh3_128, as 32 hex digits, of the elements in row-major order, the dtype and the shape.
-    shape: without rows of zeros at the end of a vocabulary, which are padding; the hash also
-    ignores them.
-    norm: the L2 norm of the finite elements, in float64. bad: how many are NaN or infinite.
-    constant: all elements have the same bits.
-    shards: by tensor-parallel rank, including padding, if several ranks hold it.
+    Attributes:
+        hash: The xxh3_128, as 32 hex digits, of the elements in row-major order, the dtype and the
+            shape.
+        shape: The shape without rows of zeros at the end of a vocabulary, which are padding; the
+            hash also ignores them.
+        norm: The L2 norm of the finite elements, in float64.
+        bad: How many are NaN or infinite.
+        constant: Whether all elements have the same bits.
+        shards: The shards by tensor-parallel rank, including padding, if several ranks hold it.
     """
 
     hash: str

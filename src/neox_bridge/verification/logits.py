@@ -71,17 +71,21 @@ class NonFinite:
 class Agreement:
     """How close the logits of two checkpoints are; logits [tokens, common vocabulary rows].
 
-    tokens: those whose logits are finite on both sides. The numbers are about these (0.0 if there
-        are none).
-    largest, mean: of the absolute difference. relative: largest, divided by the largest logit.
-    kl: the divergence of the second distribution from the first in nats, averaged over the tokens.
-    top1: share of tokens for which both predict the same next token.
-    place: the first layer and part that differ; "" if none does. apart: the difference there,
-        relative to the largest value of the part.
-    causes: with these, the sides agree completely or up to a later part. explained: whether they
-        agree completely.
-    non_finite: the logits that are NaN or infinite; None if all are finite. Otherwise, place is
-        where such values first appear, and apart has no meaning.
+    Attributes:
+        tokens: The tokens whose logits are finite on both sides. The numbers are about these (0.0
+            if there are none).
+        largest: The largest absolute difference.
+        mean: The mean absolute difference.
+        relative: ``largest`` divided by the largest logit.
+        kl: The KL divergence of the second distribution from the first in nats, averaged over the
+            tokens.
+        top1: The share of tokens for which both predict the same next token.
+        place: The first layer and part that differ; "" if none does.
+        apart: The difference there, relative to the largest value of the part.
+        causes: With these, the sides agree completely or up to a later part.
+        explained: Whether they agree completely.
+        non_finite: The logits that are NaN or infinite; None if all are finite. Otherwise, place is
+            where such values first appear, and apart has no meaning.
     """
 
     tokens: int

@@ -27,15 +27,16 @@ _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
 class Step:
     """The content of a checkpoint for an audit.
 
-    meaning: the config under neutral key names, with the sizes of the tensors except the
-    vocabulary.
-    seed: from the yml, or from the run's name (``pythia-70m-seed3``). making: the other settings
-    that the initial weights depend on. files: the names of the files that contain a tensor, by
-    rank.
-    read: how many tensors were read; the fingerprints of the others were cached.
-    states: fingerprints of the optimizer states, as "exp_avg: name", if they are audited.
-    updates: how many steps the optimizer has made and skipped, by parameter group.
-    unknown_keys: the unknown keys in the checkpoint's settings.
+    Attributes:
+        meaning: The config under neutral key names, with the sizes of the tensors except the
+            vocabulary.
+        seed: From the yml, or from the run's name (``pythia-70m-seed3``).
+        making: The other settings that the initial weights depend on.
+        files: The names of the files that contain a tensor, by rank.
+        read: How many tensors were read; the fingerprints of the others were cached.
+        states: Fingerprints of the optimizer states, as "exp_avg: name", if they are audited.
+        updates: How many steps the optimizer has made and skipped, by parameter group.
+        unknown_keys: The unknown keys in the checkpoint's settings.
     """
 
     run: str
