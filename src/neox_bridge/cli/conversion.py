@@ -22,8 +22,9 @@ _HASHES: dict[str, HashName | None] = {"xxh3": "xxh3_128", "sha256": "sha256", "
 class Conversion:
     """The requested conversion.
 
-    version: the transformers version of ``--for``, if any. given: names of the options on the
-    command line.
+    Attributes:
+        version: The transformers version of ``--for``, if any.
+        given: Names of the options on the command line.
     """
 
     options: Options

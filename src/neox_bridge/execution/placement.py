@@ -34,9 +34,10 @@ class Places:
 class View:
     """What a machine can access in a folder.
 
-    missing: files that are missing or different from those of the caller; None if the folder is
-    missing.
-    local: whether it is on a local disk of the machine.
+    Attributes:
+        missing: Files that are missing or different from those of the caller; None if the folder is
+            missing.
+        local: Whether the folder is on a local disk of the machine.
     """
 
     missing: frozenset[str] | None
@@ -83,8 +84,13 @@ def local_bytes(places: Places, views: Views) -> int:
 def choose(places: Places, views: Mapping[str, Views], free: Mapping[str, int]) -> str | None:
     """The machine for a call: among free ones that can access all files, the one with most bytes.
 
-    views, free: by machine; free: calls that it can start now. Ties go to the machine with most
-    free slots. None if all suitable machines are busy or there is none.
+    Ties go to the machine with most free slots. Returns None if all suitable machines are busy or
+    there is none.
+
+    Args:
+        places: The files that the call reads and writes.
+        views: What each machine can access.
+        free: The number of calls that each machine can start now.
     """
     able = [name for name, count in free.items() if count > 0 and not unseen(places, views[name])]
     return max(able, key=lambda name: (local_bytes(places, views[name]), free[name]), default=None)

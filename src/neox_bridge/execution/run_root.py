@@ -32,9 +32,13 @@ _UNIVERSAL = ("resume_universal.yml",)  # started by latest_universal
 
 @dataclass(frozen=True)
 class _Run:
-    """An existing run that gets a step. written: see ``written_above``. others: its other steps.
+    """An existing run that gets a step.
 
-    model: one of its checkpoints, or None. unlike: the config keys in which that model differs.
+    Attributes:
+        written: See ``written_above``.
+        others: Its other steps.
+        model: One of its checkpoints, or None.
+        unlike: The config keys in which that model differs.
     """
 
     path: str

@@ -76,8 +76,9 @@ def check_free(target: str, step: str | None) -> None:
 def check_replaceable(target: str, step: str | None, planned: Collection[str]) -> None:
     """Raise Refused if a folder would be deleted that contains more than a checkpoint.
 
-    planned: the paths of the new files, which replace others of the same name. step: as in
-    ``replaced_by``.
+    Args:
+        planned: The paths of the new files, which replace others of the same name.
+        step: As in ``replaced_by``.
     """
     real = os.path.realpath(target)
     replaced = replaced_by(real, step)

@@ -44,9 +44,13 @@ def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: s
 def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = None) -> Batch:
     """Split the same global batch over ``dp`` ranks, without larger micro-batches.
 
-    micro: a micro-batch size to use instead. accumulation: preferred number of micro-batches per
-    step, if the micro-batches need not grow; by default as few as possible. Raises Refused with
-    valid values if the global batch cannot be split like this.
+    Args:
+        micro: A micro-batch size to use instead.
+        accumulation: Preferred number of micro-batches per step, if the micro-batches need not
+            grow; by default as few as possible.
+
+    Raises:
+        Refused: The global batch cannot be split like this. The message lists valid values.
     """
     if batch.total % dp:
         fits = _listed(_divisors(batch.total))

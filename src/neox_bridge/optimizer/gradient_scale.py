@@ -152,7 +152,9 @@ def _as_given(value: float, result: float) -> float:
 class Side:
     """The facts on which the scale of a run's gradients depends.
 
-    engine: what its pipeline engine does. pipeline: whether it has one (pipe_parallel_size >= 1).
+    Attributes:
+        engine: What its pipeline engine does with the gradients.
+        pipeline: Whether it has one (pipe_parallel_size >= 1).
     """
 
     engine: PipelineAccumulation
@@ -258,8 +260,9 @@ def gradient_findings(
 ) -> Iterator[Finding]:
     """Findings about assumptions on the engines, and about scaled values.
 
-    version: the DeepSpeed of the source. settings: the keys of the target's yml that differ from
-    the source, with their values.
+    Args:
+        version: The DeepSpeed of the source.
+        settings: The keys of the target's yml that differ from the source, with their values.
     """
     if not any(side.pipeline and side.accumulation > 1 for side in (before, after)):
         return

@@ -102,7 +102,11 @@ def divided(
     """The parameters in the groups of GPT-NeoX: those with weight decay, then norms and biases.
 
     GPT-NeoX makes one group of all parameters if ``weight_decay`` is 0. Their order does not
-    change. named: the parameters by DeepSpeed's name, or by layer and name. path: for the message.
+    change.
+
+    Args:
+        named: The parameters by DeepSpeed's name, or by layer and name.
+        path: The file that the error message names.
     """
     if count == 1:
         return (named,)

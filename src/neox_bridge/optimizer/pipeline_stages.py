@@ -35,7 +35,9 @@ def stages_of(
 ) -> list[range]:
     """The layers of each stage; all layers in one without stages.
 
-    settings: the yml of the run. shapes: the shapes of a rank's parameters, by layer and name.
+    Args:
+        settings: The yml of the run.
+        shapes: The shapes of a rank's parameters, by layer and name.
     """
     if stages < 2:
         return [range(config.head_layer + 1)]

@@ -37,7 +37,7 @@ BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
 INTERVALS = "num_comm_intervals_per_group"
 RANKS = "partition_count"
-# by the parts of the rank; older formats describe them in more detail
+# keys that describe the parts of the rank; older formats have more of them
 _OF_PARTS = (BASE, PARTITIONS.masters, "param_slice_mappings")
 _OF_OLD_PARTS = (*_OF_PARTS, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, "group_paddings")
 _NOT_OUTER = ("optimizer_state_dict", "param_shapes")

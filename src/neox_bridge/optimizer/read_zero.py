@@ -53,9 +53,13 @@ def read_zero(
 ) -> Optimizer:
     """Read the states of every parameter.
 
-    metas: the contents of the mp_rank files by number. files: the files of optimizer states by that
-    number, then by data-parallel rank. Raises BridgeError for files that are not of this model or
-    of one save, and Refused for states of a kind that cannot be read.
+    Args:
+        metas: The contents of the mp_rank files by number.
+        files: The files of optimizer states by that number, then by data-parallel rank.
+
+    Raises:
+        BridgeError: For files that are not of this model or of one save.
+        Refused: For states of a kind that cannot be read.
     """
     state = checkpoint.neox_state
     members: dict[Parameter, int] = {}

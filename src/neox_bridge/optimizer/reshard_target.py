@@ -70,7 +70,9 @@ def choose_target(
 ) -> Target:
     """Resolve the target. Raises Refused if the model or DeepSpeed does not support it.
 
-    optimizer: in the format of the target. version: the DeepSpeed that wrote the source.
+    Args:
+        optimizer: The optimizer in the format of the target.
+        version: The DeepSpeed that wrote the source.
     """
     state, raw = checkpoint.neox_state, checkpoint.raw
     options = Options(
@@ -180,7 +182,9 @@ def check_row_bias(
 ) -> None:
     """Raise UsageError if ``row_bias`` has no effect.
 
-    given: states that replace those of the source. tp: of the target, by default as in the source.
+    Args:
+        given: States that replace those of the source.
+        tp: The tensor-parallel size of the target; by default that of the source.
     """
     ranks = tp or checkpoint.neox_state.tp
     names = [row.hf for row in checkpoint.rows if row.weight.split == "row_bias"]

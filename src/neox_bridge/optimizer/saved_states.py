@@ -55,8 +55,9 @@ class SavedStates:
 def reshard_command(path: str, options: Sequence[str] = (), era: str = "today") -> str:
     """The command that writes these states for another GPT-NeoX, in a sibling folder.
 
-    options: those that open the checkpoint again, see ``config_options``.
-    era: a value of ``--for``.
+    Args:
+        options: The options that open the checkpoint again, see ``config_options``.
+        era: A value of ``--for``.
     """
     words = ["neox-bridge", "reshard", path, new_folder(path, "resharded"), "--for", era]
     return shlex.join([*words, *options])

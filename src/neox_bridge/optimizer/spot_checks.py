@@ -67,7 +67,9 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
 def check_padding(parts: Iterable[TensorRef], key: str) -> None:
     """Raise BridgeError if the padding after the last parameter of a flat group is not zero.
 
-    parts: the padding, in the order of the group. key: of the group's masters, for the message.
+    Args:
+        parts: The padding, in the order of the group.
+        key: The key of the group's masters, for the error message.
     """
     local = [ref for ref in parts if is_local(ref.file)]
     runs = [_run(ref, 0, min(_PADDING_ELEMENTS, ref.shape[0])) for ref in local]

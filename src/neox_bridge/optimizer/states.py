@@ -41,8 +41,10 @@ class Scalar:
 class Group:
     """A parameter group of the optimizer.
 
-    settings: its hyperparameters, as in torch's param_groups, without the parameters. scalars: the
-    values of its state that do not have the size of a parameter: Python values or ``Scalar``.
+    Attributes:
+        settings: Its hyperparameters, as in torch's param_groups, without the parameters.
+        scalars: The values of its state that do not have the size of a parameter: Python values or
+            ``Scalar``.
     """
 
     settings: Mapping[str, Any]

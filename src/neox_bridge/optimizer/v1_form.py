@@ -111,8 +111,9 @@ def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) 
 def in_v1_form(checkpoint: Checkpoint, optimizer: Optimizer, raw: Mapping[str, Any]) -> Optimizer:
     """Return the optimizer with the keys of v1.0 files. Raises Refused if it is not Adam.
 
-    optimizer: of ZeRO stage 1 in float16, in any format. raw: the yml of the target, from which
-    v1.0 takes the hyperparameters.
+    Args:
+        optimizer: An optimizer of ZeRO stage 1 in float16, in any format.
+        raw: The yml of the target, from which v1.0 takes the hyperparameters.
     """
     metas = tuple(map(_meta, optimizer.metas))
     scaler = optimizer.head.get("loss_scaler")

@@ -107,9 +107,10 @@ def flat_slots(
 ) -> dict[str, TensorSlot]:
     """A part of a flat group, for each state, by number.
 
-    name: the name of the slots, with ``{}`` for the state. Their tensors are added to ``tensors``,
-    and the parts that are written instead to ``parts``. padded: the states that are padded with
-    zeros to the size of a partition.
+    Args:
+        name: The name of the slots, with ``{}`` for the state. Their tensors are added to
+            ``tensors``, and the parts that are written instead to ``parts``.
+        padded: The states that are padded with zeros to the size of a partition.
     """
     slots = {}
     for key, named in group.states.items():

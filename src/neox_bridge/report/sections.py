@@ -72,7 +72,9 @@ def checkpoint_section(
 ) -> Section:
     """A checkpoint: its facts, its tensors layer by layer, and its origin.
 
-    lines: the output of ``inspect``. record: its ``neox_bridge.json``, if there is one.
+    Args:
+        lines: The output of ``inspect``.
+        record: Its ``neox_bridge.json``, if there is one.
     """
     from neox_bridge.verification.statistics_figure import statistics_figure
 

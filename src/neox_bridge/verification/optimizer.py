@@ -168,8 +168,10 @@ def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
 class RoundedMasters:
     """The result of comparing every stored tensor with its master weight.
 
-    compared: how many tensors of all tensor-parallel ranks. differing: the names of those that are
-    not their masters rounded to nearest, such as "layer 2: attention.dense.weight".
+    Attributes:
+        compared: The number of tensors that were compared, of all tensor-parallel ranks.
+        differing: The names of those that are not their masters rounded to nearest, such as "layer
+            2: attention.dense.weight".
     """
 
     compared: int

@@ -33,7 +33,9 @@ _DEPTH = 4  # levels of folders to search; deeper ones are probably not a suite 
 class Fault(Finding):
     """A finding of an audit, with its run, steps and tensors (Hugging Face names).
 
-    run: "" if it concerns several runs or none. steps: labels of steps.
+    Attributes:
+        run: "" if it concerns several runs or none.
+        steps: The labels of the steps.
     """
 
     run: str = ""

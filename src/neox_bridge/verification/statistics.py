@@ -68,8 +68,14 @@ def statistics(
     """The statistics of every logical tensor of a checkpoint, in model order.
 
     Shards are assembled and row biases summed, as in a conversion to Hugging Face. Every tensor is
-    read once, in blocks. pattern: a glob of Hugging Face names. progress: called with the bytes of
-    each tensor. Raises BridgeError if a file cannot be read.
+    read once, in blocks.
+
+    Args:
+        pattern: A glob of Hugging Face names.
+        progress: Called with the bytes of each tensor.
+
+    Raises:
+        BridgeError: If a file cannot be read.
     """
     checkpoint = as_stored(checkpoint)
     table = checkpoint.by_name
