@@ -20,7 +20,7 @@ from neox_bridge.optimizer.states import Derived
 
 _LR = 0.001  # OPT_PARAMS_DEFAULTS of neox_arguments/arguments.py
 _WEIGHT_DECAY = 0.01  # neox_arguments/neox_args.py
-_BETAS = [0.9, 0.999]  # of FusedAdam, of apex and of DeepSpeed
+_BETAS = [0.9, 0.999]  # defaults of FusedAdam in apex and DeepSpeed
 _EPS = 1e-8
 _LARGEST_EXPONENT = 700.0  # exp of a larger number overflows; no schedule of GPT-NeoX comes near
 

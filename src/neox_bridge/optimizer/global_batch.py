@@ -7,7 +7,7 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 
-_SHOWN = 40  # numbers in a message
+_SHOWN = 40  # valid values that a message lists
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,8 +189,13 @@ def kept_accumulation(source: Side, target: Side) -> int | None:
 def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
     """The factor by which the gradients of the target are larger.
 
+    Args:
+        source: The facts about the source.
+        target: The facts about the target.
+        way_out: The advice in the error message.
+
     Raises:
-        Refused: If there is no single factor. way_out: the advice for this case.
+        Refused: There is no single factor.
     """
     if source == target:
         return Fraction(1)

@@ -36,7 +36,7 @@ def with_masters(
         else drop
         for drop in checkpoint.dropped
     )
-    if MASTER not in optimizer.keys:  # fp32 of ZeRO stage 0
+    if MASTER not in optimizer.keys:  # an fp32 run of ZeRO stage 0
         return checkpoint
     return replace(
         checkpoint,

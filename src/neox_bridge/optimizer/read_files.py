@@ -22,7 +22,7 @@ from neox_bridge.stores.paths import ahead, read_at
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
-_SCALAR_BYTES = 64  # of a scalar
+_SCALAR_BYTES = 64  # largest scalar
 
 
 def read_optimizer(

@@ -24,7 +24,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 STATE_OF = ": "  # between state name and tensor name in a combined name
 DEEPSPEED = "0.16.5"  # whose format is written; it refuses files without a version
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
-States = Mapping[str, Mapping[str, Whole]]  # by state and Hugging Face name
+States = Mapping[str, Mapping[str, Whole]]  # tensors by state and Hugging Face name
 Place = tuple[int, Parameter]  # a tensor-parallel rank, and a parameter there
 
 

@@ -150,7 +150,7 @@ def compare_runs(
             return unreadable(opened.run, opened.place, error)
         return step
 
-    known: dict[Side, dict[str, Step]] = {side: {} for side in SIDES}  # by label
+    known: dict[Side, dict[str, Step]] = {side: {} for side in SIDES}  # steps by label
     compared, rows, settings = list[tuple[StepRow, Step, Step]](), list[StepRow](), list[str]()
     for both in pair.both:
         source, twin = both

@@ -46,7 +46,7 @@ class Audit:
         """The document that ``audit --json`` prints."""
         findings = [plain_data(fault) for fault in self.faults]
         for finding in findings:
-            del finding["subject"], finding["details"]  # which audit does not show
+            del finding["subject"], finding["details"]  # audit does not show it
         return document(
             sources=self.sources,
             holds=self.holds,

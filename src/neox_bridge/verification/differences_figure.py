@@ -9,7 +9,7 @@ from neox_bridge.verification.drawing import GREY, RED, figure_of, legend, place
 
 _COLOUR_MAP = "viridis"
 _EQUAL = "#e8e8e8"
-_WITH_NUMBERS = 12  # largest number of blocks for which numbers fit into the cells
+_WITH_NUMBERS = 12  # up to this many blocks, numbers fit into the cells
 _ABSENT = ("only-first", "only-second", "shape")
 
 Rows = Mapping[str, Mapping[int, Difference]]

@@ -97,7 +97,7 @@ def log_axis(axis: Any, values: Iterable[float]) -> bool:
         axis.set_ticks([])
         return False
     low, high = min(positive) / 1.4, max(positive) * 1.4
-    if high / low < 6:  # room for two ticks of 1, 2, 5
+    if high / low < 6:  # space for two ticks out of 1, 2, 5
         low, high = low / 1.6, high * 1.6
     (axis.axes.set_yscale if vertical else axis.axes.set_xscale)("log")
     (axis.axes.set_ylim if vertical else axis.axes.set_xlim)(low, high)

@@ -23,7 +23,7 @@ from neox_bridge.stores.store import FileState
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
-_PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
+_PREFIX, _SUFFIX = "audit-", ".tmp"  # name of a file that is being written
 YOUNG_SECONDS = 2.0  # the coarsest timestamp of a file system; a younger file may change unnoticed
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 Points = dict[str, list[tuple[float, float]]]
 Entries = Iterable[Mapping[str, Any]]
-_MOST = 10  # tensors; more lines would hide each other
+_MOST = 10  # tensors per plot; more lines would hide each other
 
 
 def run_lines(steps: Entries) -> Points:

@@ -12,7 +12,7 @@ from neox_bridge.layouts.open import open_with
 from neox_bridge.stores.paths import is_local
 from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 
-_OPENED_AT_ONCE = 4  # places in a store
+_OPENED_AT_ONCE = 4  # places in a store that are opened at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from neox_bridge.wording import some
 ChangeKind = Literal["changed", "missing", "added", "edited", "extra"]
 _HARMLESS = ("edited", "extra")
 _TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth")
-_SMALL_BYTES = 1 << 20  # of a file that is hashed anyway
-_HASHED_BYTES = 256 << 20  # of the larger files of a source that are hashed, all together
+_SMALL_BYTES = 1 << 20  # size up to which a file is always hashed
+_HASHED_BYTES = 256 << 20  # total size of larger source files that are hashed
 
 
 @dataclass(frozen=True, slots=True)

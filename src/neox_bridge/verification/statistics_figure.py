@@ -19,7 +19,7 @@ from neox_bridge.verification.drawing import (
 )
 from neox_bridge.verification.statistics import Statistics
 
-BlockPoints = Sequence[tuple[int, Statistics]]  # by block
+BlockPoints = Sequence[tuple[int, Statistics]]  # values by block
 
 
 @styled
