@@ -53,7 +53,7 @@ def _print(text: str, first: str, others: str, columns: int) -> None:
 
 
 def evidence_rows(details: Iterable[Details]) -> Iterator[Row]:
-    """Rows for what is missing, unexpected and wrong, without duplicates, and the source."""
+    """Rows for what is missing, unexpected and wrong, without duplicates, and for where it is."""
     details = list(details)
     for label in ("missing", "unexpected", "wrong"):
         having = [one for one in details if getattr(one, label)]

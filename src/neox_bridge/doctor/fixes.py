@@ -244,7 +244,7 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
 
 
 def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
-    """The checkpoint's multiple if it results in the existing rows; otherwise another one."""
+    """The checkpoint's multiple, or None if it does not result in the existing rows."""
     multiple = told_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
     fits = padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]

@@ -136,7 +136,7 @@ def scalar_slots(group: Group, name: str, tensors: list[OutputTensor]) -> dict[s
 
 
 def _padding(optimizer: Optimizer, flat: Flat, rank: int) -> int:
-    """DeepSpeed's group_paddings. BF16_Optimizer stores those of the last rank in all files."""
+    """DeepSpeed's group_paddings. BF16_Optimizer has one total, stored for the last rank."""
     if optimizer.wrapper == "bf16":
         return flat.partition * flat.dp - flat.numel if rank == flat.dp - 1 else 0
     return flat.partition - flat.used(rank)

@@ -168,7 +168,7 @@ class _Stream:
         return self.state.hexdigest()
 
     def _without_padding(self, data: "Array") -> "Array":
-        """The bytes up to the last nonzero one, after the zeros that were held back before it."""
+        """The bytes up to the last nonzero one. Hashes zeros that were held back before it."""
         import numpy as np
 
         if not data[-1] and not data[-self.rows :].any():
