@@ -77,7 +77,7 @@ def execute(
     sources = identities(sources_of(plan))
     _check_copies(plan, sources)
     key = Key(plan_hash(plan), sources, hash_name)
-    if check is None:  # not part of the key, so this run can resume one that had a check
+    if check is None:  # after the key, so that this run can resume one with a check
         from neox_bridge.planning.model_card import without_verification
 
         plan = without_verification(plan)

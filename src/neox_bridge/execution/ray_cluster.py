@@ -113,7 +113,7 @@ class RayCluster:
         self._closing = False
         # the exception with which all calls end from now on
         self._failure: BridgeError | None = None
-        self._lock = threading.Lock()  # the cause of that exception
+        self._lock = threading.Lock()  # protects that exception
         self._folder = os.path.abspath(os.curdir)
         self._ask = asker()
         self._code = self._ask()

@@ -204,7 +204,7 @@ def rounded_masters(
 
     def differs(name: str) -> bool:
         master, weight = pairs[name]
-        difference = compare(name, master, weight, context)  # this cast rounds the master
+        difference = compare(name, master, weight, context)  # compare rounds the master
         context.wrote(weight.nbytes, "copied")
         return difference.kind != "equal"
 
