@@ -260,7 +260,7 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
         fixed = {k: v for k, v in fixed.items() if k not in _GATED_KEYS}
         fixed |= {key: planned[key] for key in _GATED_KEYS if key in planned}
     tokenizer = state.args.get("tokenizer_type", "HFTokenizer")
-    wanted: dict[str, tuple[Any, Any]] = {  # missing keys get GPT-NeoX's defaults
+    wanted: dict[str, tuple[Any, Any]] = {  # value, and GPT-NeoX's default
         "pipe_parallel_size": (plan.target["pipeline_stages"], 0),
         "model_parallel_size": (state.tp, 1),
         "make_vocab_size_divisible_by": (plan.target["vocab_multiple"], FIRST_MULTIPLE),

@@ -11,7 +11,7 @@ from neox_bridge.wording import wording
 if TYPE_CHECKING:
     from neox_bridge.verification.lines_figure import Series
 
-PLOTTED_RUNS = 8  # tensors that get a separate plot
+PLOTTED_RUNS = 8  # runs that get a separate plot
 _INK, _GRID = "#123456", "#dddddd"  # text and axes, distinct from black text on a colored cell
 _RC = {
     "text.color": _INK,
