@@ -142,16 +142,7 @@ def _meta(
         "ds_config": _config(save),
         "ds_version": "0.16.5",
         "iteration": save.iteration,
-        "args": {
-            "num_layers": model.layers,
-            "hidden_size": model.hidden,
-            "num_attention_heads": model.heads,
-            "max_position_embeddings": 64,
-            "make_vocab_size_divisible_by": model.rows // len(model.ranks),
-            "padded_vocab_size": model.rows,
-            "tokenizer_type": "HFTokenizer",
-            "model_parallel_size": len(model.ranks),
-        },
+        "args": zero_writer.args_of(model),
         "torch_rng_state": torch.full((16,), rank, dtype=torch.uint8),
     }
 

@@ -180,6 +180,20 @@ def _yml(model: Model, save: Save) -> str:
     return "".join(f"{key}: {value}\n" for key, value in settings.items())
 
 
+def args_of(model: Model) -> dict[str, Any]:
+    """What GPT-NeoX compares at load, in an mp_rank file."""
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "max_position_embeddings": 64,
+        "make_vocab_size_divisible_by": model.rows // len(model.ranks),
+        "padded_vocab_size": model.rows,
+        "tokenizer_type": "HFTokenizer",
+        "model_parallel_size": len(model.ranks),
+    }
+
+
 def _meta(model: Model, save: Save, rank: int) -> dict[str, Any]:
     module = None
     if not save.stages:
@@ -203,16 +217,7 @@ def _meta(model: Model, save: Save, rank: int) -> dict[str, Any]:
         "dp_world_size": save.dp,
         "mp_world_size": len(model.ranks) * max(1, len(save.stages)),
         "iteration": save.iteration,
-        "args": {
-            "num_layers": model.layers,
-            "hidden_size": model.hidden,
-            "num_attention_heads": model.heads,
-            "max_position_embeddings": 64,
-            "make_vocab_size_divisible_by": model.rows // len(model.ranks),
-            "padded_vocab_size": model.rows,
-            "tokenizer_type": "HFTokenizer",
-            "model_parallel_size": len(model.ranks),
-        },
+        "args": args_of(model),
         **({"ds_config": config, "ds_version": save.version} if save.version else {}),
     }
 

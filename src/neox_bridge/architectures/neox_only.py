@@ -9,7 +9,7 @@ rwkv/v6/rwkv.py, moe.py, moe_mlp.py) from v1.0 to 2026-05.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from neox_bridge.architectures.base import (
@@ -26,7 +26,7 @@ from neox_bridge.architectures.base import (
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.heads import REWARD, RM_LINEAR
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
-from neox_bridge.architectures.llama_like import ERA_KEYS, OLD_MLP, gated_setting
+from neox_bridge.architectures.llama_like import ACTIVATIONS, ERA_KEYS, OLD_MLP, gated_setting
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.neox_config import (
     GATED,
@@ -116,8 +116,16 @@ POSITIONS: Mapping[str, str] = {
 }
 _TODAYS_MLP = {old: new for new, old in OLD_MLP.items()}
 # the gated activations of `mlp_type: llama` before neox-mlp-names, and their names today
-_GATED_WORDS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
-_OLD_WORDS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+_GATED_WORDS = {old: new for new, olds in ACTIVATIONS.values() for old in olds}
+_OLD_WORDS = {new: olds[0] for new, olds in ACTIVATIONS.values() if olds}
+# the parts of fused tensors: their names here, and the rows of q, k and v
+_QKV_PARTS: tuple[tuple[Part, str, str], ...] = (
+    ("q", "query", "q"),
+    ("k", "key", "kv"),
+    ("v", "value", "kv"),
+)
+# and the matrices of LLaMAParallelMLP
+_MLP_PARTS: tuple[tuple[Part, str], ...] = (("up", "w3"), ("gate", "w1"))
 _SIZES: Mapping[str, tuple[str, ...]] = {
     "word_embeddings.weight": ("vocab", "hidden"),
     "final_linear.weight": ("vocab", "hidden"),
@@ -144,7 +152,7 @@ _MODEL_KEYS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Model:
     """The facts about such a model in its files.
 
@@ -170,7 +178,9 @@ class _Model:
         heads = self.raw.get("num_attention_heads")
         return bool(self.raw.get("num_kv_heads")) and self.raw.get("num_kv_heads") != heads
 
+    @cached_property
     def names(self) -> set[str]:
+        """The names of all tensors, without their layers."""
         return {name for tensors in self.tensors.values() for name in tensors}
 
 
@@ -303,24 +313,24 @@ def _rows(
     old = f"{old_module}.{leaf}" if old_module and not _is_llama_mlp(model) else ""
     prefix = {"embed": "", "block": "layers.{i}.", "norm": "final_", "head": ""}[place]
     if module == "attention.query_key_value" and model.grouped_query:
-        for part, long, rows in (("q", "query", "q"), ("k", "key", "kv"), ("v", "value", "kv")):
+        for part, long, rows in _QKV_PARTS:
             hf = f"{prefix}attention.{long}.{leaf}"
-            yield Weight(place, name, hf, "fused", (rows, "hidden")[:dimensions], "", _part(part))
+            yield Weight(place, name, hf, "fused", (rows, "hidden")[:dimensions], "", part)
         return
     if today.startswith("mlp.linear1.") and model.gated:
         split: Split = "gated" if _is_llama_mlp(model) else "fused"
-        for part, w in (("up", "w3"), ("gate", "w1")):
+        for part, matrix in _MLP_PARTS:
             hf = f"{prefix}mlp.{part}.{leaf}"
-            spelled = f"mlp.{w}.{leaf}" if _is_llama_mlp(model) else old
-            yield Weight(
-                place, today, hf, split, ("ffn", "hidden")[:dimensions], "", _part(part), spelled
-            )
+            spelled = f"mlp.{matrix}.{leaf}" if _is_llama_mlp(model) else old
+            shape = ("ffn", "hidden")[:dimensions]
+            yield Weight(place, today, hf, split, shape, "", part, spelled)
         return
-    if name in ("mlp.w1.weight", "mlp.w3.weight"):
-        part = "gate" if name == "mlp.w1.weight" else "up"
-        today, hf = "mlp.linear1.weight", f"{prefix}mlp.{part}.weight"
-        yield Weight(place, today, hf, "gated", ("ffn", "hidden"), "", _part(part), name)
-        return
+    for part, matrix in _MLP_PARTS:
+        if name == f"mlp.{matrix}.weight":
+            hf = f"{prefix}mlp.{part}.weight"
+            shape = ("ffn", "hidden")
+            yield Weight(place, "mlp.linear1.weight", hf, "gated", shape, "", part, name)
+            return
     if name == "mlp.w2.weight":
         today, old = "mlp.linear2.weight", name
     elif today == "mlp.linear2.weight" and _is_llama_mlp(model):
@@ -331,11 +341,6 @@ def _rows(
     )
 
 
-def _part(part: str) -> Part:
-    parts: dict[str, Part] = {"q": "q", "k": "k", "v": "v", "up": "up", "gate": "gate"}
-    return parts[part]
-
-
 def _is_llama_mlp(model: _Model) -> bool:
     """Whether its gated MLP had separate matrices before neox-mlp-names (LLaMAParallelMLP).
 
@@ -343,13 +348,13 @@ def _is_llama_mlp(model: _Model) -> bool:
     """
     if model.raw.get("mlp_type") == "llama":
         return True
-    return model.gated and not model.old and "mlp.linear1.bias" not in model.names()
+    return model.gated and not model.old and "mlp.linear1.bias" not in model.names
 
 
 def _read_neox(
     model: _Model, raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 ) -> ModelConfig:
-    names = model.names()
+    names = model.names
     norm = raw.get("norm") or "layernorm"
     key, default = _NORM_EPSILON.get(norm, ("layernorm_epsilon", 1e-5))
     keys = read_keys(SIZE_KEYS, raw, hf=False)
@@ -425,22 +430,21 @@ def _fixed(model: _Model) -> dict[str, str]:
     together = norm in ("layernorm", "non_parametric_layernorm") or (
         norm == "rmsnorm" and model.raw.get("rmsnorm_fusion")
     )
-    has_scale = any(name.startswith("attention.qk_layernorm.") for name in model.names())
+    has_scale = any(name.startswith("attention.qk_layernorm.") for name in model.names)
     if together and (has_scale or model.raw.get("use_qk_layernorm")):
         return {"use_qk_layernorm": f"with norm: {norm} it normalizes all heads of a rank together"}
     reasons: dict[str, str] = {}
-    for layer, tensors in model.tensors.items():
-        place = _place(model, layer)
-        for name in tensors:
-            rule = _rule(place, name) if place is not None else None
-            if rule is not None and rule.fixed:
-                reasons.setdefault(name, rule.fixed)
+    named = {(_place(model, n), name): None for n, names in model.tensors.items() for name in names}
+    for place, name in named:
+        rule = _rule(place, name) if place is not None else None
+        if rule is not None and rule.fixed:
+            reasons[name] = rule.fixed
     return reasons
 
 
 def _missing(model: _Model, era: str) -> list[tuple[str, bool, str]]:
     """What trees before 2024-11 do not support, although they know its keys."""
-    old, names = era in ("v1.0", "2024-03", "2024-09", "2024-10"), model.names()
+    old, names = era in ("v1.0", "2024-03", "2024-09", "2024-10"), model.names
     return [
         (
             "moe_num_experts",
@@ -456,7 +460,7 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
     words["attention_config"] = attention_kinds(raw)
     reasons = refuse_era(words, era) + refusals(_missing(model, era), way_out="use `era=today`")
     experts = number("moe_num_experts", raw.get("moe_num_experts") or 1, int)
-    if experts % tp and any(name.startswith("mlp.experts.") for name in model.names()):
+    if experts % tp and any(name.startswith("mlp.experts.") for name in model.names):
         whole = f"{experts} experts cannot be spread evenly over {tp} tensor-parallel ranks"
         reasons += refusals([("moe_num_experts", True, whole)])
     kv_heads = number("num_kv_heads", raw.get("num_kv_heads") or 0, int)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -357,17 +358,18 @@ def _family(
             f"{why}."
         )
     tensors = shapes_of(read.ranks[0])
-    rules = neox_only(raw, tensors, layers, len(read.ranks))
+    by_rules = partial(neox_only, raw, tensors, layers, len(read.ranks))
     architecture = for_neox(raw, record)
     if architecture is None:
-        return rules or _refuse_blocks(raw, tensors, layers, folder)
+        return by_rules() or _refuse_blocks(raw, tensors, layers, folder)
     if architecture.gated and "mlp.dense_h_to_4h.weight" in read.names:
         architecture = with_one_matrix(architecture)
     known = {name for w in architecture.weights for name in (w.neox, w.old, w.also)}
     fused = any(weight.split == "fused" for weight in architecture.weights)
     grouped = raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads"))
     unreadable = architecture.refuse_shape(len(read.ranks), TODAY.name)
-    if rules is not None and (read.names - known or (grouped and not fused) or unreadable):
+    strange = read.names - known or (grouped and not fused) or unreadable
+    if strange and (rules := by_rules()) is not None:
         return rules
     zeros = {weight.neox for weight in architecture.weights if weight.split == "zero"}
     layer_tensors = [tensors for rank in read.ranks for tensors in rank.values()]
@@ -376,7 +378,7 @@ def _family(
         return architecture
     other = for_neox(raw)
     # StableLM has no relative with a bias at that place
-    return (rules if other is architecture else other) or architecture
+    return (by_rules() if other is architecture else other) or architecture
 
 
 def _check_yml(raw: Mapping[str, Any], read: _Read, folder: str) -> None:
@@ -384,9 +386,7 @@ def _check_yml(raw: Mapping[str, Any], read: _Read, folder: str) -> None:
     key, name = contradiction(raw, read.names)
     if key:
         says = f"{key}: {raw[key]}" if key in raw else f"no {key}"
-        has = "has no" if name not in read.names and key != "use_qk_layernorm" else "has"
-        if key == "use_qk_layernorm":
-            has = "has no" if raw.get(key) else "has"
+        has = "has" if any(stored.startswith(name) for stored in read.names) else "has no"
         raise Refused(
             f"{folder}/configs: the yml says {says}, but the checkpoint {has} {name}, so GPT-NeoX "
             "does not load it. Correct the yml."
