@@ -36,7 +36,8 @@ def test_mutants_that_change_nothing_are_of_lines_that_exist() -> None:
     stale = []
     for entry in map(json.loads, text.splitlines()):
         source = (ROOT / entry["file"]).read_text(encoding="utf-8")
-        if entry["before"] not in map(str.strip, source.splitlines()):
+        lines = {line.split("  # ")[0].strip() for line in source.splitlines()}
+        if entry["before"] not in lines:
             stale.append((entry["file"], entry["before"]))
     assert stale == []
 

@@ -125,9 +125,14 @@ def _changed_lines(source: str, mutated: str) -> tuple[str, str]:
     removed, added = [], []
     for kind, a, b, c, d in matcher.get_opcodes():
         if kind != "equal":
-            removed += [line.strip() for line in old[a:b]]
-            added += [line.strip() for line in new[c:d]]
+            removed += [_without_comment(line) for line in old[a:b]]
+            added += [_without_comment(line) for line in new[c:d]]
     return " ".join(removed), " ".join(added)
+
+
+def _without_comment(line: str) -> str:
+    """The code of a line, so that a new comment keeps what is known of the line's mutants."""
+    return line.split("  # ")[0].strip()
 
 
 def run(mutant: Mutant, tree: Path, phases: Iterable[Sequence[str]], seconds: float) -> str:
