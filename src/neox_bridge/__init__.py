@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from neox_bridge.errors import (
         BridgeError,
         ChoiceNeeded,
+        NotOfFamily,
         Refused,
         SettingsMissing,
         TargetUnusable,
@@ -73,6 +74,7 @@ __all__ = [
     "Examination",
     "Finding",
     "ForeignFolder",
+    "NotOfFamily",
     "Options",
     "Plan",
     "Progress",
@@ -106,8 +108,8 @@ _NAMES_BY_MODULE = {
     "api": "audit batch convert diagnose diff execute open_checkpoint plan publish reshard verify",
     "batches.row": "BatchResult BatchRow",
     "doctor.examination": "Examination",
-    "errors": "BridgeError ChoiceNeeded Refused SettingsMissing TargetUnusable Unreachable "
-    "Unverified UsageError",
+    "errors": "BridgeError ChoiceNeeded NotOfFamily Refused SettingsMissing TargetUnusable "
+    "Unreachable Unverified UsageError",
     "execution.result": "Result",
     "findings": "Dropped Finding",
     "frameworks.eras": "Era era_named",

@@ -59,6 +59,13 @@ class TargetUnusable(BridgeError):
     """The target cannot be written as it is. A retry does not help."""
 
 
+class NotOfFamily(BridgeError):
+    """The files can be read, but they are not a whole model of a family that is converted.
+
+    Examples are a model without its output head, a classifier, and an unmerged adapter.
+    """
+
+
 class SettingsMissing(BridgeError):
     """The yml files of a GPT-NeoX checkpoint are missing.
 

@@ -24,6 +24,7 @@ from neox_bridge.wording import KINDS, human, plain, plural
 if TYPE_CHECKING:
     from neox_bridge.findings import Finding
     from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.tensors.pieces import Whole
     from neox_bridge.tensors.tensor_ref import TensorRef
     from neox_bridge.verification.statistics import Statistics
@@ -73,8 +74,8 @@ class InspectOptions:
     Argument(
         "path",
         "PATH",
-        "A Hugging Face or GPT-NeoX checkpoint: a folder, a URL (s3://…) or a Hub model "
-        "(ORG/NAME[@REVISION]).",
+        "A GPT-NeoX checkpoint, or any Hugging Face model: a folder, a URL (s3://…) or a Hub "
+        "model (ORG/NAME[@REVISION]).",
     ),
     InspectOptions,
     only(Source, "revision", "step", "configs"),
@@ -108,21 +109,17 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     measured = bool(options.stats or options.plot or options.tensor)
     if options.max_workers is not None and not measured:
         raise UsageError(["max_workers"], "only for --stats", "Add --stats, or leave it out.")
-    from neox_bridge.cli.inspect_quantized import print_quantized
     from neox_bridge.findings import finding_json
-    from neox_bridge.layouts.quantized import QuantizedModel
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.planning.option_checks import check_optimizer
 
     if options.plot is not None:
         from neox_bridge.verification.drawing import check_plot
 
         check_plot(options.plot)
-    try:
-        checkpoint = reading.open(path)
-    except QuantizedModel as error:
-        if error.model is None or measured or options.optimizer:
-            raise
-        print_quantized(error.model, as_json=output.as_json, tensors=options.tensors)
+    checkpoint = reading.open_any(path, by_ranges=not measured)
+    if isinstance(checkpoint, StoredModel):
+        _inspect_stored(checkpoint, options, measured=measured, as_json=output.as_json)
         return
     check_optimizer(options.optimizer, checkpoint)
     facts = describe(checkpoint)
@@ -132,12 +129,7 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     statistics: list[Statistics] | None = None
     faults: list[Finding] = []
     if measured:
-        statistics, faults = measure(checkpoint, options.tensor or "*", options.max_workers)
-        if options.plot:
-            from neox_bridge.verification.drawing import save
-            from neox_bridge.verification.statistics_figure import statistics_figure
-
-            save(statistics_figure(statistics), options.plot)
+        statistics, faults = _measured(checkpoint, options)
     if output.as_json:
         facts["findings"] += map(finding_json, faults)
         if options.tensors:
@@ -156,6 +148,48 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     if statistics is not None:
         print_stats(statistics)
     tell_findings(faults, quiet=False)
+
+
+def _inspect_stored(
+    model: StoredModel, options: InspectOptions, *, measured: bool, as_json: bool
+) -> None:
+    """Print what is known of weights without a family."""
+    from neox_bridge.cli.inspect_stored import describe_stored, print_stored, stored_tensors
+    from neox_bridge.findings import finding_json
+
+    if options.optimizer:
+        reason = f"{model.path} has no optimizer states that this version can read"
+        raise UsageError(["optimizer"], reason, "Leave it out.")
+    facts = describe_stored(model)
+    statistics: list[Statistics] | None = None
+    faults: list[Finding] = []
+    if measured:
+        statistics, faults = _measured(model, options)
+    if as_json:
+        facts["findings"] += map(finding_json, faults)
+        if options.tensors:
+            facts["tensors"] = stored_tensors(model)
+        if statistics is not None:
+            facts["stats"] = stats_json(statistics)
+        print_json(facts)
+        return
+    print_stored(model, facts, tensors=options.tensors)
+    if statistics is not None:
+        print_stats(statistics)
+    tell_findings(faults, quiet=False)
+
+
+def _measured(
+    checkpoint: Checkpoint | StoredModel, options: InspectOptions
+) -> tuple[list[Statistics], list[Finding]]:
+    """The statistics that the options ask for, plotted if they ask for it, and findings."""
+    statistics, faults = measure(checkpoint, options.tensor or "*", options.max_workers)
+    if options.plot:
+        from neox_bridge.verification.drawing import save
+        from neox_bridge.verification.statistics_figure import statistics_figure
+
+        save(statistics_figure(statistics), options.plot)
+    return statistics, faults
 
 
 def _with_optimizer(

@@ -20,6 +20,7 @@ from neox_bridge.planning.options import Options
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.tensors.fused import GqaOrder
 
 
@@ -70,6 +71,19 @@ class Source:
             configs=self.configs,
             gqa_order=self.gqa_order,
             **more,
+        )
+
+    def open_any(self, path: str, *, by_ranges: bool = False) -> Checkpoint | StoredModel:
+        """Open the checkpoint, or the weights as they are stored if they are of no known family."""
+        from neox_bridge.layouts.open_stored import open_any
+
+        return open_any(
+            path,
+            revision=self.revision,
+            step=self.step,
+            configs=self.configs,
+            gqa_order=self.gqa_order,
+            by_ranges=by_ranges,
         )
 
 

@@ -11,11 +11,12 @@ from neox_bridge.cli.progress import progress_bar
 if TYPE_CHECKING:
     from neox_bridge.findings import Finding
     from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.verification.statistics import Statistics
 
 
 def measure(
-    checkpoint: "Checkpoint", pattern: str, workers: int | None
+    checkpoint: "Checkpoint | StoredModel", pattern: str, workers: int | None
 ) -> tuple[list["Statistics"], list["Finding"]]:
     """Compute the statistics of a checkpoint's tensors, with a progress bar, and findings."""
     from neox_bridge.verification.statistics import findings, statistics
@@ -45,7 +46,10 @@ def print_stats(stats: Sequence["Statistics"]) -> None:
         numbers = (s.minimum, s.maximum, s.mean, s.std, s.norm)
         counts = (s.nans, s.infs, s.dead_rows, s.padding_rows)
         shape = "x".join(map(str, s.shape))
-        cells = [s.name, s.dtype, shape, *map(_number, numbers), f"{s.zeros:.1%}"]
+        shares = (*map(_number, numbers), f"{s.zeros:.1%}")
+        if not s.decoded:
+            shares = ("not decoded", "", "", "", "", "")
+        cells = [s.name, s.dtype, shape, *shares]
         rows.append([*cells, *(f"{count:,}" for count in counts)])
     table = [[*head, *rare], *rows]
     kept = [i for i in range(len(table[0])) if i < len(head) or any(row[i] != "0" for row in rows)]

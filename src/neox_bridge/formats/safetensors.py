@@ -6,6 +6,7 @@ Format: 8 bytes little-endian length N, N bytes of JSON, then the data, indexed 
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 from neox_bridge.errors import BridgeError, Refused
@@ -22,8 +23,37 @@ _MAX_DIMENSIONS = 64
 _MAX_BYTES = 2**63
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file, as its header describes it.
+
+    Attributes:
+        dtype: The name in the file. This version may not know it.
+        shape: The shape, in elements.
+        offset: Bytes from the start of the file to the first element.
+        nbytes: The bytes of all elements.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
 def read_safetensors(path: str) -> dict[str, TensorRef]:
-    """The tensors of a file by name. Raises BridgeError, which names the file, if it is damaged."""
+    """The tensors of a file by name.
+
+    Raises BridgeError, which names the file, if it is damaged, and Refused if a dtype is not
+    known or is smaller than a byte.
+    """
+    return {name: _ref(path, name, entry) for name, entry in read_entries(path).items()}
+
+
+def read_entries(path: str) -> dict[str, Entry]:
+    """What the header of a file describes, by name. Dtypes are not interpreted.
+
+    Raises BridgeError, which names the file, if it is damaged.
+    """
     with open_file(path) as file:
         size = size_of(file)
         start_bytes = file.read(8)
@@ -41,13 +71,13 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
         raw = file.read(length)
     header = _header(path, raw)
     start = 8 + length
-    tensors = {
+    entries = {
         name: _entry(path, name, entry, start)
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    _check_spans(path, list(tensors.items()), start, size)
-    return tensors
+    _check_spans(path, list(entries.items()), start, size)
+    return entries
 
 
 def _header(path: str, raw: bytes) -> dict[str, object]:
@@ -80,7 +110,7 @@ def _no_number(text: str) -> object:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
+def _entry(path: str, name: str, entry: object, start: int) -> Entry:
     try:
         assert isinstance(entry, dict)
         dtype, shape, (low, high) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -91,28 +121,37 @@ def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
         raise _bad(
             path, f"its entry for {name} does not consist of dtype, shape and data_offsets"
         ) from None
-    if dtype in PACKED_SAFETENSORS:
+    # also if one size is 0, because other programs multiply the others
+    if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) >= _MAX_BYTES:
+        raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
+    bits = PACKED_SAFETENSORS[dtype].bits if dtype in PACKED_SAFETENSORS else None
+    if dtype in BY_SAFETENSORS:
+        bits = 8 * BY_SAFETENSORS[dtype].itemsize
+    if high < low or (bits is not None and 8 * (high - low) != prod(shape) * bits):
+        raise _bad(path, f"{name} has {high - low} bytes, which does not match its shape {shape}")
+    return Entry(dtype, tuple(shape), start + low, high - low)
+
+
+def _ref(path: str, name: str, entry: Entry) -> TensorRef:
+    if packed := PACKED_SAFETENSORS.get(entry.dtype):
         raise Refused(
-            f"{path}: {name} has the dtype {dtype}, {PACKED_SAFETENSORS[dtype]}. The model is "
+            f"{path}: {name} has the dtype {entry.dtype}, {packed.name}. The model is "
             "quantized, so it contains no weights that could be converted. Convert the "
             "original, unquantized model instead."
         )
-    if dtype not in BY_SAFETENSORS:
-        raise _bad(path, f"{name} has the dtype {dtype[:20]!r}, which this version does not know")
-    kind = BY_SAFETENSORS[dtype]
-    # also if one size is 0, because other programs multiply the others
-    if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) * kind.itemsize >= _MAX_BYTES:
-        raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
-    if high - low != prod(shape) * kind.itemsize:
-        raise _bad(path, f"{name} has {high - low} bytes, which does not match its shape {shape}")
-    return TensorRef(path, start + low, kind.name, tuple(shape))
+    if entry.dtype not in BY_SAFETENSORS:
+        raise Refused(
+            f"{path}: {name} has the dtype {entry.dtype[:20]!r}, which this version does not know. "
+            "It cannot be converted. `neox-bridge inspect` shows the tensors."
+        )
+    return TensorRef(path, entry.offset, BY_SAFETENSORS[entry.dtype].name, entry.shape)
 
 
-def _check_spans(path: str, tensors: list[tuple[str, TensorRef]], end: int, size: int) -> None:
-    for name, ref in sorted(tensors, key=lambda item: (item[1].offset, item[1].nbytes)):
-        if ref.offset != end:
+def _check_spans(path: str, entries: list[tuple[str, Entry]], end: int, size: int) -> None:
+    for name, entry in sorted(entries, key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
             raise _bad(path, f"{name} overlaps another tensor or leaves a gap before it")
-        end = ref.offset + ref.nbytes
+        end = entry.offset + entry.nbytes
     if end != size:
         raise _bad(path, f"it has {size} bytes, but its header describes {end} (truncated?)")
 

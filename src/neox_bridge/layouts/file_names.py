@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+# small files that describe the components of a repository
+_MODEL_TEXTS = ("model_index.json", "modules.json", "adapter_config.json")
 # of transformers
 HF_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 STEP = re.compile(r"global_step(\d+)")  # the folder
@@ -52,3 +54,9 @@ def optimizer_files(names: Iterable[str]) -> tuple[str, ...]:
     """
     ranked = [(int(m[3]), int(m[2]), m[0]) for name in names if (m := OPTIMIZER.fullmatch(name))]
     return tuple(name for _, _, name in sorted(ranked))
+
+
+def is_model_text(path: str) -> bool:
+    """Whether a file of a repository describes weights: a config or an index in any folder."""
+    name = path.rpartition("/")[2]
+    return name in _MODEL_TEXTS or name == "config.json" or name.endswith(".index.json")

@@ -12,7 +12,7 @@ from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Pres
 from neox_bridge.architectures.heads import SCORE, refuse_labels
 from neox_bridge.architectures.rows import model_rows, table_rows
 from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, NotOfFamily
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
@@ -390,7 +390,7 @@ def _refuse_other_kinds(
     refuse_quantized("hf", path, raw, stored.tensors, stored.files, known, stored.classes)
     adapted = [key for key in stored.tensors if ADAPTER_NAME.search(key)]
     if adapted:
-        raise BridgeError(
+        raise NotOfFamily(
             f"{path} contains the weights of an adapter and those of its base model "
             f"({some(adapted, 2)}). Neither alone is the model. Merge the adapter into the "
             "weights (merge_and_unload of peft), save the model, and convert the result."
@@ -424,7 +424,7 @@ def _normalise(
                 "They are the head for another task, which GPT-NeoX does not support. Convert "
                 f"the {architecture.hf_class} that it was made from."
             )
-        raise BridgeError(
+        raise NotOfFamily(
             f"{path} contains tensors that no {architecture.name} model has: "
             f"{some(sorted(unknown))}. {what}"
         )
@@ -471,7 +471,7 @@ def _require(
         raise _missing(path, missing)
     headless = architecture.head not in named and SCORE not in named
     if headless and not raw.get("tie_word_embeddings"):
-        raise BridgeError(_no_head(architecture, path, raw))
+        raise NotOfFamily(_no_head(architecture, path, raw))
 
 
 def _missing(path: str, names: list[str]) -> BridgeError:

@@ -8,6 +8,7 @@ files only. With HF_HUB_OFFLINE both are read from the cache.
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
@@ -15,7 +16,7 @@ from neox_bridge.errors import BridgeError, Unreachable, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.suites import nearest
 from neox_bridge.layouts.carried_names import is_carried
-from neox_bridge.layouts.file_names import is_step_file
+from neox_bridge.layouts.file_names import is_model_text, is_step_file
 from neox_bridge.layouts.hub_download import cached_snapshot, download
 from neox_bridge.stores.hub_api import explanation, hub_api, is_missing_repo, is_network, status_of
 from neox_bridge.stores.hub_names import MAIN
@@ -68,8 +69,10 @@ class Listing:
         )
 
 
-def find_source(repo: str, revision: str | None) -> HubSource:
+def find_source(repo: str, revision: str | None, *, by_ranges: bool = False) -> HubSource:
     """Where to read ``org/name`` at a revision, by default ``main``.
+
+    by_ranges: do not download a model for transformers that the cache does not have.
 
     Raises BridgeError with advice if it is missing or gated, has no such branch, or is not in the
     cache while offline.
@@ -91,10 +94,12 @@ def find_source(repo: str, revision: str | None) -> HubSource:
         return HubSource(folder, name, (finding,))
     findings = _renamed(repo, listing)
     if listing.is_neox:
-        folder = _whole_in_cache(listing)
+        folder = _in_cache(listing, listing.files)
+    elif by_ranges:
+        folder = _in_cache(listing, _needed(listing.files))
     else:
         _check_holds_model(listing, revision)
-        texts = [name for name in listing.files if is_carried(name)]
+        texts = [name for name in listing.files if is_carried(name) or is_model_text(name)]
         folder = download(listing.repo, revision, texts)
     if folder is None:
         return _by_ranges(listing, revision, "", findings)
@@ -194,14 +199,20 @@ def _check_holds_model(listing: Listing, revision: str | None) -> None:
     )
 
 
-def _whole_in_cache(listing: Listing) -> str | None:
-    """The snapshot of the listing's commit, if the cache has all of its files."""
+def _needed(files: Sequence[str]) -> list[str]:
+    """The files of a model for transformers that commands read."""
+    weights = [path for path in files if path.endswith(".safetensors")]
+    weights = weights or [path for path in files if path.endswith(".bin")]
+    return weights + [path for path in files if is_model_text(path)]
+
+
+def _in_cache(listing: Listing, files: Iterable[str]) -> str | None:
+    """The snapshot of the listing's commit, if the cache has all of these files."""
     try:
         folder = cached_snapshot(listing.repo, listing.commit)
     except BridgeError:
         return None
-    whole = all(os.path.isfile(os.path.join(folder, path)) for path in listing.files)
-    return folder if whole else None
+    return folder if all(os.path.isfile(os.path.join(folder, path)) for path in files) else None
 
 
 def _no_revision(repo: str, revision: str) -> str:

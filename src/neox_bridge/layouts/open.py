@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
@@ -74,15 +74,27 @@ def open_checkpoint(
     tell. Raises BridgeError or Refused; nothing
     in the checkpoint is executed.
     """
-    path, named, repo, findings, files = _find(afresh(source), revision, step)
-    checkpoint = _open_folder(path, named, step, configs, gqa_order)
-    findings = (*checkpoint.findings, *findings)
-    checkpoint = replace(checkpoint, source=source, hub_repo=repo, findings=findings)
-    if files and checkpoint.kind == "hf":
+    place = find_place(source, revision, step)
+    return open_place(source, place, step=step, configs=configs, gqa_order=gqa_order)
+
+
+def open_place(
+    source: str,
+    place: "Place",
+    *,
+    step: int | None = None,
+    configs: Sequence[str] = (),
+    gqa_order: GqaOrder | None = None,
+) -> Checkpoint:
+    """``open_checkpoint`` of a source whose place is known."""
+    checkpoint = _open_folder(place.path, place.revision, step, configs, gqa_order)
+    findings = (*checkpoint.findings, *place.findings)
+    checkpoint = replace(checkpoint, source=source, hub_repo=place.repo, findings=findings)
+    if place.files and checkpoint.kind == "hf":
         from neox_bridge.layouts.carried_files import left_of
         from neox_bridge.layouts.hf_reader import model_files
 
-        carried = left_of(files, checkpoint.carried, model_files(checkpoint.files))
+        carried = left_of(place.files, checkpoint.carried, model_files(checkpoint.files))
         checkpoint = replace(checkpoint, carried=carried)
     if checkpoint.missing_tokenizer:
         from neox_bridge.layouts.run_tokenizer import missing_finding
@@ -115,13 +127,34 @@ def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None
         )
 
 
-def _find(
-    source: str, revision: str | None, step: int | None
-) -> tuple[str, str, str, tuple[Finding, ...], tuple[str, ...]]:
-    """The folder to read, its Hub revision and repository ("" if none), and findings about them.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to read a source.
 
-    The last part lists the files of that revision, if the folder may contain only some of them.
+    Attributes:
+        path: The folder, or its URL.
+        revision: ``org/name@revision`` of a Hub model, or "".
+        repo: ``org/name`` of a Hub model, or "".
+        findings: What is worth telling about it.
+        files: The files of that revision, if the folder may contain only some of them.
     """
+
+    path: str
+    revision: str = ""
+    repo: str = ""
+    findings: tuple[Finding, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+def find_place(
+    source: str, revision: str | None, step: int | None, *, by_ranges: bool = False
+) -> Place:
+    """Where to read a source that the user named.
+
+    by_ranges: read a Hub model for transformers there, unless it is in the cache, instead of
+        downloading it.
+    """
+    source = afresh(source)
     if is_hub(source):
         from neox_bridge.layouts.hub_source import find_url_source
 
@@ -130,7 +163,7 @@ def _find(
         path, revision, named = _in_cache(source, revision)
         if revision is not None:
             raise UsageError(["revision"], f"only for models on the Hub, but {path} is a folder")
-        return path, named, "", (), ()
+        return Place(path, named)
     else:
         from neox_bridge.layouts.hub_source import find_source
 
@@ -143,14 +176,14 @@ def _find(
                 f"branch, name the folder: hf://{model[0]}/global_step{step}",
             )
         try:
-            place = find_source(*model)
+            place = find_source(*model, by_ranges=by_ranges)
         except BridgeError as error:
             raise not_local_either(error, source, _TOY) from None
         if isdir(os.path.dirname(source)):  # so the name may be a misspelled path
             message = f"there is no local folder {source}, so the model on the Hub is read"
             finding = Finding("read-from-hub", "info", message, suggestions(source))
             place = replace(place, findings=(finding, *place.findings))
-    return place.path, place.revision, place.repo, place.findings, place.files
+    return Place(place.path, place.revision, place.repo, place.findings, place.files)
 
 
 def _open_folder(

@@ -53,11 +53,25 @@ BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 # 8-bit floats of weights; float8_e8m0fnu is only for scales
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-# dtypes of safetensors whose elements are smaller than a byte
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDType:
+    """A dtype of safetensors whose elements are smaller than a byte.
+
+    Attributes:
+        name: What the elements are.
+        bits: The size of an element.
+    """
+
+    name: str
+    bits: int
+
+
 PACKED_SAFETENSORS = {
-    "F4": "4-bit floats",
-    "F6_E2M3": "6-bit floats",
-    "F6_E3M2": "6-bit floats",
+    "F4": PackedDType("4-bit floats", 4),
+    "F6_E2M3": PackedDType("6-bit floats", 6),
+    "F6_E3M2": PackedDType("6-bit floats", 6),
 }
 
 

@@ -1,7 +1,7 @@
 """Computes statistics of tensors, and finds signs of broken models in them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from neox_bridge.execution.transform import boxes
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.head import as_stored
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.optimizer.states import STATE_OF, tensor_of
 from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, matching, values
@@ -39,6 +40,7 @@ class Statistics:
         padding_rows: Rows of zeros of the embedding or the output beyond the vocabulary, or at its
             end.
         constant: Whether there is more than one element, and all are the same finite number.
+        decoded: Whether the values could be read. If not, there are no statistics.
     """
 
     name: str
@@ -56,16 +58,17 @@ class Statistics:
     dead_rows: int
     padding_rows: int
     constant: bool
+    decoded: bool = True
 
 
 def statistics(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | StoredModel,
     *,
     pattern: str = "*",
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Statistics]:
-    """The statistics of every logical tensor of a checkpoint, in model order.
+    """The statistics of every logical tensor of a checkpoint, in the order of the model or files.
 
     Shards are assembled and row biases summed, as in a conversion to Hugging Face. Every tensor is
     read once, in blocks.
@@ -77,26 +80,45 @@ def statistics(
     Raises:
         BridgeError: If a file cannot be read.
     """
-    checkpoint = as_stored(checkpoint)
+    undecoded: Collection[str] = ()
+    vocab_rows = None
+    if isinstance(checkpoint, StoredModel):
+        undecoded = {n for n, tensor in checkpoint.stored.items() if not tensor.decoded}
+    else:
+        checkpoint = as_stored(checkpoint)
+        vocab_rows = checkpoint.vocab_rows
     table = checkpoint.by_name
     order = {name: place for place, name in enumerate(table)}
-    chosen = matching(pattern, checkpoint.tensors)
-    names = sorted(chosen, key=lambda name: (order.get(name, len(order)), name))
+    names = matching(pattern, checkpoint.tensors)
+    if order:
+        names.sort(key=lambda name: (order.get(name, len(order)), name))
     context = Context(progress)
 
     def one(name: str) -> Statistics:
         whole = checkpoint.tensors[name]
         row = table.get(tensor_of(name))
         vocabulary = row is not None and row.weight.split == "vocab"
-        rows = checkpoint.vocab_rows if vocabulary else None
-        numbers = _measure(name, whole, rows, context)
+        if name in undecoded:
+            numbers = _undecoded(name, checkpoint)
+        else:
+            numbers = _measure(name, whole, vocab_rows if vocabulary else None, context)
         context.wrote(whole.nbytes, "copied")
         return numbers
 
     return each(names, one, context, workers)
 
 
-def findings(stats: Sequence[Statistics], checkpoint: Checkpoint) -> list[Finding]:
+def _undecoded(name: str, model: Checkpoint | StoredModel) -> Statistics:
+    """What is known of a tensor whose dtype cannot be decoded."""
+    assert isinstance(model, StoredModel)
+    tensor, none = model.stored[name], math.nan
+    numbers = (none, none, none, none, none, none)
+    return Statistics(
+        name, tensor.dtype, tensor.shape, tensor.elements, *numbers, 0, 0, 0, 0, False, False
+    )
+
+
+def findings(stats: Sequence[Statistics], checkpoint: Checkpoint | StoredModel) -> list[Finding]:
     """Signs of broken models: NaN and infinities are errors, dead weights are warnings.
 
     Norm scales of one, biases of zero and padding are normal.
@@ -117,7 +139,7 @@ def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
             yield Finding(code, "error", message, remedy)
 
 
-def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Finding]:
+def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint | StoredModel) -> Iterator[Finding]:
     table = checkpoint.by_name
     stats = [s for s in stats if STATE_OF not in s.name]  # a moment of zero is an ordinary start
     equal = [s for s in stats if s.constant]

@@ -1,0 +1,86 @@
+"""Opens a repository of weights for commands that need no family."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from neox_bridge.errors import BridgeError, ChoiceNeeded, NotOfFamily, Refused, SettingsMissing
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.file_names import STEP, is_step_file
+from neox_bridge.layouts.folder_kinds import ForeignFolder
+from neox_bridge.layouts.open import Place, detect, find_place, open_place
+from neox_bridge.layouts.quantized import QuantizedModel
+from neox_bridge.layouts.stored_model import StoredModel
+from neox_bridge.layouts.stored_reader import of_quantized, open_stored
+from neox_bridge.layouts.text_files import list_folder
+from neox_bridge.stores.paths import isdir
+from neox_bridge.tensors.fused import GqaOrder
+
+
+def open_any(
+    source: str,
+    *,
+    revision: str | None = None,
+    step: int | None = None,
+    configs: Sequence[str] = (),
+    gqa_order: GqaOrder | None = None,
+    by_ranges: bool = False,
+) -> Checkpoint | StoredModel:
+    """``open_checkpoint``, or the weights as they are stored if they are of no known family.
+
+    Args:
+        source: A folder, a URL, or a model of the Hub.
+        revision: As of ``open_checkpoint``, like the next three.
+        step: See there.
+        configs: See there.
+        gqa_order: See there.
+        by_ranges: Read a Hub model there, instead of downloading it.
+
+    Raises:
+        BridgeError: A file is damaged or missing.
+        Refused: It cannot be opened as a model, and contains no weights in files of their own.
+    """
+    place = find_place(source, revision, step, by_ranges=by_ranges)
+    try:
+        try:
+            return open_place(source, place, step=step, gqa_order=gqa_order)
+        except SettingsMissing:
+            if not configs:
+                raise
+            return open_place(source, place, step=step, configs=configs, gqa_order=gqa_order)
+    except ChoiceNeeded:
+        raise
+    except (Refused, ForeignFolder, NotOfFamily) as error:
+        if isinstance(error, QuantizedModel) and error.model and error.model.kind == "neox":
+            return _with_place(of_quantized(error.model, str(error)), source, place)
+        if not _is_stored(place.path):
+            raise
+        model = open_stored(place.path, str(error), place.revision)
+        if model is None:
+            raise
+        return _with_place(model, source, place)
+
+
+def open_as_stored(source: str, *, revision: str | None = None) -> StoredModel:
+    """The weights of a Hugging Face repository as they are stored, also of a known family.
+
+    Raises BridgeError if it has no weights, or if a file is damaged or missing.
+    """
+    place = find_place(source, revision, None)
+    model = open_stored(place.path, "", place.revision)
+    if model is None:
+        detect(place.path)  # explains what else the folder is
+        raise BridgeError(f"{place.path} contains no weights. Download them too.")
+    return _with_place(model, source, place)
+
+
+def _with_place(model: StoredModel, source: str, place: Place) -> StoredModel:
+    findings = (*model.findings, *place.findings)
+    return replace(model, source=source, hub_repo=place.repo, findings=findings)
+
+
+def _is_stored(path: str) -> bool:
+    """Whether a folder that is no model of a family may be a repository of weights."""
+    if not isdir(path):
+        return False
+    names = list_folder(path)
+    return not any(is_step_file(name) or STEP.fullmatch(name) for name in names)

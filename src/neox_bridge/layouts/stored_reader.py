@@ -1,0 +1,288 @@
+"""Reads the weights of any model as they are stored: names, shapes, dtypes and places."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.formats.safetensors import Entry, read_entries
+from neox_bridge.layouts.folder_kinds import unfinished_download
+from neox_bridge.layouts.linked_files import brought_along
+from neox_bridge.layouts.quantized import (
+    Quantization,
+    QuantizedFolder,
+    quantization_of,
+    quantized_class,
+)
+from neox_bridge.layouts.stored_model import Component, StoredModel, StoredTensor
+from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
+from neox_bridge.layouts.text_files import list_folder, read_json
+from neox_bridge.layouts.tokenizer import tokenizer_files
+from neox_bridge.layouts.weight_sets import WeightSet, weight_sets
+from neox_bridge.stores.paths import absolute, ahead, isdir
+from neox_bridge.stores.step_names import NUMBERED
+from neox_bridge.tensors.dtypes import BY_SAFETENSORS, FLOATING
+from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
+
+CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
+_DEPTH = 2  # levels of folders below the repository that may contain components
+_UNDECODED = ("complex64", "complex128")  # they are two numbers each
+_LABEL_CHARACTERS = 40
+
+
+def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | None:
+    """Read what every weight file of a folder describes; None if there are no weights.
+
+    Args:
+        path: A folder, or its URL.
+        reason: Why no family is used, as a sentence.
+        revision: ``org/name@revision`` of a model of the Hub, or "".
+
+    Raises:
+        BridgeError: A file is damaged, or missing although an index names it.
+    """
+    path = absolute(path)
+    left: list[str] = []
+    places = list(_places(path, "", 0, left))
+    pickled = all(one.pickled for _, _, one in places)
+    components: list[Component] = []
+    findings: list[Finding] = []
+    named: set[str] = set()
+    classes: dict[str, str] = {}
+    for folder, below, weights in places:
+        if weights.pickled and not pickled:
+            left += [f"{below}/{file}" if below else file for file in weights.files]
+            continue
+        name = below
+        if name in named:  # a further set in the same folder
+            name = os.path.join(below, weights.name)
+        named.add(name)
+        component, quantized = read_component(folder, name, weights)
+        components.append(component)
+        findings += component.findings
+        classes |= {component.full_name(key): kind for key, kind in quantized.items()}
+    if not components:
+        return None
+    if left:
+        findings.append(
+            Finding(
+                "left-out",
+                "info",
+                f"not read: {some(left)}, pickles beside safetensors, or other steps",
+                "name a folder to see what it contains",
+            )
+        )
+    model = StoredModel(
+        path=path,
+        components=tuple(components),
+        raw=components[0].config,
+        reason=reason,
+        findings=tuple(findings),
+        tokenizer=tokenizer_files(path),
+        revision=revision,
+    )
+    return replace(model, quantization=_quantization(model, classes))
+
+
+def _places(
+    folder: str, below: str, depth: int, left: list[str]
+) -> Iterator[tuple[str, str, WeightSet]]:
+    """Every set of weights, with its folder and the path of that folder below the repository."""
+    names = list_folder(folder)
+    for one in weight_sets(folder, names):
+        yield folder, below, one
+    if depth == _DEPTH:
+        return
+    for name in names:
+        inner = os.path.join(folder, name)
+        if name.startswith((".", "_")) or "." in name or not isdir(inner):
+            continue
+        if NUMBERED.fullmatch(name):
+            left.append(os.path.join(below, name))
+        else:
+            yield from _places(inner, os.path.join(below, name), depth + 1, left)
+
+
+def read_component(
+    folder: str, name: str, weights: WeightSet
+) -> tuple[Component, Mapping[str, str]]:
+    """Read what a set of weights contains, and the classes of its quantized tensors.
+
+    A tensor in two files is read from the one that the index names. Raises BridgeError if files or
+    tensors are missing, or if two files contain a tensor and no index decides.
+    """
+    if weights.absent:
+        listed = f"{weights.index} names" if weights.index else "the names of the others tell"
+        what = f"{len(weights.absent)} shards are missing" if len(weights.absent) > 1 else ""
+        first = os.path.join(folder, weights.absent[0])
+        raise BridgeError(
+            f"{first} is missing, although {listed} it{f' ({what})' if what else ''}. "
+            f"{unfinished_download(folder) or 'Download it.'}"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    classes: dict[str, str] = {}
+    homes: dict[str, str] = {}
+    twice: dict[str, str] = {}
+    files = [os.path.join(folder, file) for file in weights.files]
+    for file, path in zip(weights.files, ahead(files), strict=True):
+        stored, quantized = read_file(path)
+        classes |= quantized
+        for key, tensor in stored.items():
+            wanted = weights.weight_map.get(key)
+            if key in homes:
+                twice[key] = file if homes[key] == wanted else homes[key]
+                if wanted is None:
+                    raise BridgeError(
+                        f"{path} contains {key}, and so does {homes[key]}. No index tells which "
+                        "one is valid. Remove the file that does not belong to the model."
+                    )
+                if file != wanted:
+                    continue
+            tensors[key], homes[key] = tensor, file
+    missing = sorted(set(weights.weight_map) - set(tensors) - set(classes))
+    if missing:
+        absent = os.path.join(folder, weights.weight_map[missing[0]])
+        raise BridgeError(
+            f"{absent} does not contain {some(missing)}, although {weights.index} says so. "
+            f"{unfinished_download(folder) or 'Download the files again.'}"
+        )
+    findings = _index_findings(weights, tensors, homes, twice)
+    return (
+        Component(
+            name,
+            folder,
+            tuple(files),
+            tensors,
+            os.path.join(folder, weights.index) if weights.index else "",
+            weights.total_size,
+            _config(folder),
+            tuple(findings),
+        ),
+        classes,
+    )
+
+
+def read_file(path: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
+    """The tensors of a weight file by name, and the classes of those that are quantized objects.
+
+    Raises BridgeError, which names the file, if it is damaged.
+    """
+    if path.endswith(".safetensors"):
+        entries = read_entries(path)
+        check_names(entries, path)
+        return {name: _stored(path, entry) for name, entry in entries.items()}, {}
+    from neox_bridge.formats.torch_file import read_torch
+
+    value = state_dict_of(read_torch(path), path)
+    classes = {key: kind for key, value in value.items() if (kind := quantized_class(value))}
+    return {
+        name: StoredTensor(ref.dtype, ref.shape, ref, ref.dtype not in _UNDECODED)
+        for name, ref in tensors_of(value, path).items()
+    }, classes
+
+
+def of_quantized(folder: QuantizedFolder, reason: str) -> StoredModel:
+    """The weights of a quantized checkpoint, whose files another reader has read."""
+    tensors = {
+        name: StoredTensor(ref.dtype, ref.shape, ref) for name, ref in folder.tensors.items()
+    }
+    component = Component("", folder.path, folder.files, tensors, config=folder.config)
+    return StoredModel(
+        path=folder.path,
+        components=(component,),
+        raw=folder.config,
+        reason=reason,
+        quantization=folder.quantization,
+        kind=folder.kind,
+    )
+
+
+def _stored(path: str, entry: Entry) -> StoredTensor:
+    dtype = BY_SAFETENSORS.get(entry.dtype)
+    if dtype is not None and dtype.name not in _UNDECODED:
+        ref = TensorRef(path, entry.offset, dtype.name, entry.shape)
+        return StoredTensor(dtype.name, entry.shape, ref)
+    label = entry.dtype[:_LABEL_CHARACTERS]
+    label = dtype.name if dtype is not None else label if label.isprintable() else repr(label)
+    ref = TensorRef(path, entry.offset, "uint8", (entry.nbytes,))
+    return StoredTensor(label, entry.shape, ref, decoded=False)
+
+
+def _config(folder: str) -> Mapping[str, Any]:
+    """The config in the folder of a component; {} if there is none."""
+    for name in CONFIGS[:2]:
+        path = os.path.join(folder, name)
+        if brought_along(path, folder):
+            return read_json(path)
+    return {}
+
+
+def _index_findings(
+    weights: WeightSet,
+    tensors: Mapping[str, StoredTensor],
+    homes: Mapping[str, str],
+    twice: Mapping[str, str],
+) -> Iterator[Finding]:
+    """What the index says and the files do not confirm."""
+    if not weights.index:
+        if len(weights.files) > 1:
+            yield Finding(
+                "no-index",
+                "warning",
+                f"the index file of {len(weights.files)} shards ({weights.name}) is missing. "
+                "transformers would not load them",
+                subject="missing index",
+            )
+        return
+    get_again = "download the index and the shards again, from one revision"
+    if elsewhere := sorted(
+        key for key, file in homes.items() if weights.weight_map.get(key, file) != file
+    ):
+        yield Finding(
+            "index-wrong-shard",
+            "warning",
+            f"{weights.index} names another shard for {some(elsewhere)}",
+            get_again,
+        )
+    if extra := sorted(set(tensors) - set(weights.weight_map)):
+        yield Finding(
+            "not-in-index",
+            "warning",
+            f"{weights.index} does not name {some(extra)}, which its shards contain",
+            get_again,
+        )
+    if twice:
+        places = [f"{key} ({file})" for key, file in sorted(twice.items())]
+        yield Finding(
+            "second-copy",
+            "warning",
+            f"second copies of tensors are in shards that {weights.index} does not name for "
+            f"them: {some(places)}",
+            get_again,
+        )
+    size = sum(tensor.ref.nbytes for tensor in tensors.values())
+    if weights.total_size is not None and weights.total_size != size:
+        yield Finding(
+            "wrong-total-size",
+            "warning",
+            f"{weights.index}: metadata.total_size is {weights.total_size:,}, but the tensors "
+            f"have {size:,} bytes",
+            get_again,
+        )
+
+
+def _quantization(model: StoredModel, classes: Mapping[str, str]) -> Quantization | None:
+    """How the main weights are quantized. Weights are told from other tensors by their names."""
+    refs = {
+        name: replace(tensor.ref, dtype=tensor.dtype, shape=tensor.shape)
+        for name, tensor in model.stored.items()
+    }
+    weights = frozenset(
+        name for name in refs if name.endswith(".weight") and f"{name[:-7]}.qweight" not in refs
+    )
+    if not classes and all(ref.dtype in FLOATING for ref in refs.values()):
+        return None  # a name alone proves nothing of a model of unknown family
+    return quantization_of(model.path, model.raw, refs, weights, classes)

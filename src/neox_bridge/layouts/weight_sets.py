@@ -1,0 +1,134 @@
+"""Which files of a folder are weights, and which of them belong together.
+
+The order of preference is that of transformers (modeling_utils.py): one safetensors file, shards of
+safetensors with an index, then the same as pickles.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.linked_files import check_own
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
+
+_PREFERRED = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
+_INDEX = re.compile(r"(.+)\.(safetensors|bin)\.index(\.\w+)?\.json")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")
+_PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt)")
+# what transformers' Trainer, accelerate and DeepSpeed save beside weights
+_NO_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state).*"
+    r"|.*(model_states|optim_states)\.pt"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """Files that together are one set of weights.
+
+    Attributes:
+        name: The name of its single file or of its index, or what its shards have in common.
+        files: The names of its files.
+        index: The name of the index; "" if there is none.
+        weight_map: The file of each tensor according to the index.
+        total_size: ``metadata.total_size`` of the index, or None.
+        absent: Names of files that belong to it but are not in the folder.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    index: str = ""
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    total_size: int | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its files are pickles of torch."""
+        return not self.files[0].endswith(".safetensors")
+
+
+def weight_sets(folder: str, names: Sequence[str]) -> tuple[WeightSet, ...]:
+    """The sets of weights in a folder, the one that transformers would load first.
+
+    names: of the files in the folder. Raises BridgeError for a damaged index.
+    """
+    sets = [_indexed(folder, name, names) for name in names if _INDEX.fullmatch(name)]
+    taken = {file for one in sets for file in one.files}
+    loose = [name for name in names if name not in taken and is_weights_file(name)]
+    groups: dict[str, list[str]] = {}
+    for name in loose:
+        shard = _SHARD.fullmatch(name)
+        groups.setdefault(f"{shard[1]}.{shard[4]} of {shard[3]}" if shard else name, []).append(
+            name
+        )
+    sets += [_loose(files) for files in groups.values()]
+    return tuple(sorted(sets, key=_order))
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether a file of this name contains weights."""
+    if name.endswith(".safetensors"):
+        return True
+    return bool(_PICKLE.fullmatch(name)) and not _NO_WEIGHTS.fullmatch(name)
+
+
+def _order(one: WeightSet) -> tuple[bool, int, bool, str]:
+    stem = one.name.partition(".")[0]
+    place = _PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED)
+    return one.pickled, place, bool(one.index), one.name
+
+
+def _indexed(folder: str, index: str, names: Sequence[str]) -> WeightSet:
+    path = os.path.join(folder, index)
+    check_own(path, folder)
+    content = read_json(path, LARGE_BYTES)
+    weight_map = content.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise BridgeError(
+            f"{path} is damaged: its weight_map from tensors to files is missing. Download it "
+            "again."
+        )
+    files = tuple(sorted(set(weight_map.values())))
+    for name in files:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise BridgeError(
+                f"{path} names {name!r}, which is not a file in the same folder. The index is "
+                "damaged or malicious. Get it again from its source."
+            )
+    metadata = content.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return WeightSet(
+        index.removesuffix(".index.json"),
+        files,
+        index,
+        weight_map,
+        int(total) if isinstance(total, int | float) and total == total else None,
+        tuple(name for name in files if name not in set(names)),
+    )
+
+
+def _loose(files: Sequence[str]) -> WeightSet:
+    """A single file, or shards without an index."""
+    shard = _SHARD.fullmatch(files[0])
+    if shard is None:
+        return WeightSet(files[0], tuple(files))
+    return WeightSet(f"{shard[1]}.{shard[4]}", tuple(files), absent=tuple(_absent(files)))
+
+
+def _absent(files: Sequence[str]) -> Iterator[str]:
+    """The shards that the numbers in the names of the others tell."""
+    shard = _SHARD.fullmatch(files[0])
+    assert shard is not None
+    width, count = len(shard[2]), int(shard[3])
+    there = {int(match[2]) for name in files if (match := _SHARD.fullmatch(name))}
+    first = 0 if 0 in there else 1
+    for number in range(first, min(count, len(files) + 100) + first):
+        if number not in there:
+            yield f"{shard[1]}-{number:0{width}}-of-{shard[3]}.{shard[4]}"
