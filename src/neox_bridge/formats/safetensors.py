@@ -86,7 +86,7 @@ def _header(path: str, raw: bytes) -> dict[str, object]:
     if not raw.startswith(b"{"):
         raise _bad(path, "its header does not start with {")
     try:
-        header = parse_json(raw, pairs=_unique, constant=_no_number)
+        header = parse_json(raw, None, _unique, _no_number)
     except ValueError as error:
         raise _bad(
             path, f"its header is not valid JSON with unique names ({str(error)[:80]})"

@@ -162,6 +162,7 @@ class Pattern:
 
     Attributes:
         name: The name with ``#`` for each number.
+        example: The name of the first one.
         count: How many tensors.
         nbytes: The bytes of all of them.
     """
@@ -169,15 +170,16 @@ class Pattern:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    example: str
     count: int
     nbytes: int
 
 
 def patterns(model: StoredModel) -> tuple[Pattern, ...]:
     """The tensors as patterns, in the order in which they are stored."""
-    counts: dict[tuple[str, str, tuple[int, ...]], tuple[int, int]] = {}
+    counts: dict[tuple[str, str, tuple[int, ...]], tuple[str, int, int]] = {}
     for name, tensor in model.stored.items():
         key = (_NUMBER.sub("#", name), tensor.dtype, tensor.shape)
-        count, nbytes = counts.get(key, (0, 0))
-        counts[key] = (count + 1, nbytes + tensor.ref.nbytes)
+        first, count, nbytes = counts.get(key, (name, 0, 0))
+        counts[key] = (first, count + 1, nbytes + tensor.ref.nbytes)
     return tuple(Pattern(*key, *totals) for key, totals in counts.items())

@@ -16,7 +16,7 @@ from neox_bridge.layouts.quantized import (
     quantization_of,
     quantized_class,
 )
-from neox_bridge.layouts.stored_model import Component, StoredModel, StoredTensor
+from neox_bridge.layouts.stored_model import Component, StoredModel, StoredTensor, patterns
 from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
 from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files
@@ -275,14 +275,12 @@ def _index_findings(
 
 
 def _quantization(model: StoredModel, classes: Mapping[str, str]) -> Quantization | None:
-    """How the main weights are quantized. Weights are told from other tensors by their names."""
-    refs = {
-        name: replace(tensor.ref, dtype=tensor.dtype, shape=tensor.shape)
-        for name, tensor in model.stored.items()
-    }
-    weights = frozenset(
-        name for name in refs if name.endswith(".weight") and f"{name[:-7]}.qweight" not in refs
-    )
+    """How the weights are quantized. Weights are told from other tensors by their names.
+
+    One tensor of each pattern is looked at, since there may be a hundred thousand.
+    """
+    refs = {one.example: TensorRef("", 0, one.dtype, one.shape) for one in patterns(model)}
     if not classes and all(ref.dtype in FLOATING for ref in refs.values()):
         return None  # a name alone proves nothing of a model of unknown family
+    weights = frozenset(name for name in refs if name.endswith(".weight"))
     return quantization_of(model.path, model.raw, refs, weights, classes)

@@ -84,7 +84,7 @@ def _order(one: WeightSet) -> tuple[bool, int, bool, str]:
 def _indexed(folder: str, index: str, names: Sequence[str]) -> WeightSet:
     path = os.path.join(folder, index)
     check_own(path, folder)
-    content = read_json(path, LARGE_BYTES)
+    content = read_json(path, LARGE_BYTES, depth=None)
     weight_map = content.get("weight_map")
     if (
         not isinstance(weight_map, dict)
