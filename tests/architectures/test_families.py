@@ -49,6 +49,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("olmo", {"num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}),
     ("stablelm", {}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    ("phi3", {}),
+    ("phi3", {"num_key_value_heads": 2, "sliding_window": 5, "resid_pdrop": 0.1}),
+    ("phi3", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
 ]
 # a family that has no cases of its own yet
 CASES += [(a.name, {}) for a in ARCHITECTURES if a.gated and a.name not in dict(CASES)]
@@ -154,7 +157,7 @@ def models(draw: Any) -> dict[str, Any]:
 @settings(max_examples=60, deadline=None)
 @given(
     model=models(),
-    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo", "stablelm"]),
+    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo", "stablelm", "phi3"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     tp=st.sampled_from([1, 2, 3, 6]),
     between=st.sampled_from([1, 2, 3]),
@@ -297,6 +300,19 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"hidden_act": "sigmoid"}, {"era": era_named("2024-09")}, "MLP with sigmoid"),
     ("stablelm", {}, {"te": True}, "not tested with Transformer Engine"),
     ("olmo", {"clip_qkv": 8.0}, {}, "clip_qkv"),
+    (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0] * 8,
+            }
+        },
+        {},
+        "rope_scaling: GPT-NeoX does not support RoPE scaling, but this model uses 'longrope'",
+    ),
     ("olmo", {}, {"te": True}, "norms have no biases"),
     (
         "llama",
@@ -330,7 +346,7 @@ def test_what_stablelm_may_be_is_refused(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rotary_pct": 0.5},
+        {"rotary_pct": 0.5, "attention_config": [[["local"], 2]]},
         {"gpt_j_residual": True},
         {"pos_emb": "alibi"},
         {"attention_config": [[["local"], 2]]},
@@ -439,6 +455,10 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
         ("stablelm", {"partial_rotary_factor": 0.5}, "4.48", "rope-spelling"),
         ("stablelm", {"partial_rotary_factor": 0.25}, "4.48", None),
         ("stablelm", {"partial_rotary_factor": 0.5}, "5.24", None),
+        ("phi3", {"rope_theta": 500000.0}, "4.55", "rope-spelling"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "4.48", "llama-ignored"),
+        ("phi3", {}, "4.36", "class-unknown"),
+        ("phi3", {}, "4.55", None),
         ("mistral", {}, "4.48", None),
     ],
 )

@@ -305,6 +305,9 @@ EXAMPLES: dict[str, Example] = {
             "ValueError: torch.load",
         ),
     ),
+    "hf-phi3-partial-rotary": Example(
+        (hf("phi3", partial_rotary_factor=0.75), hf("phi3", partial_rotary_factor=1.0))
+    ),
     "hf-llama-head-dim": Example(
         (hf("llama", head_dim=128), hf("llama")),
         error=(size("model.layers.0.self_attn.q_proj.weight"), size("lm_head.weight")),

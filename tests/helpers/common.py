@@ -46,6 +46,8 @@ TINY_LLAMA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 32,
 }
+# the class has a padding token that is not in this vocabulary
+TINY_PHI3: dict[str, Any] = {**TINY_LLAMA, "eos_token_id": 2, "pad_token_id": None}
 TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2}
 
 
@@ -61,7 +63,7 @@ def make_hf(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    tiny = {"gpt_neox": TINY, "mamba": TINY_MAMBA}.get(family, TINY_LLAMA)
+    tiny = {"gpt_neox": TINY, "mamba": TINY_MAMBA, "phi3": TINY_PHI3}.get(family, TINY_LLAMA)
     made = AutoConfig.for_model(family, **{**tiny, **config})
     model = AutoModelForCausalLM.from_config(made)
     with torch.no_grad():

@@ -42,6 +42,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}, 2),
     ("mistral", {**GROUPED, "sliding_window": None}, 2),
     ("qwen2", GROUPED, 2),
+    ("phi3", {**GROUPED, "partial_rotary_factor": 0.5}, 2),
 ]
 IDS = [f"{family}{number}" for number, (family, *_) in enumerate(CASES)]
 TOKENS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -9,6 +9,8 @@ from common import convert, make_hf
 
 pytestmark = pytest.mark.neox
 GROUPED = {"num_key_value_heads": 2}
+# the epsilon of the others; the default of the class is 1e-5, and older trees add it elsewhere
+PHI3 = {**GROUPED, "rms_norm_eps": 1e-6}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", GROUPED),
@@ -19,6 +21,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", GROUPED),
     ("stablelm", {}),
     ("stablelm", {**GROUPED, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    ("phi3", {**PHI3, "sliding_window": 5}),
+    ("phi3", {**PHI3, "partial_rotary_factor": 0.5}),
     ("olmo", {}),
     ("olmo", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
 ]

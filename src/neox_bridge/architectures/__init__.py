@@ -9,6 +9,7 @@ from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
 from neox_bridge.architectures.olmo import ARCHITECTURE as OLMO
+from neox_bridge.architectures.phi3 import ARCHITECTURE as PHI3
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.architectures.stablelm import ARCHITECTURE as STABLELM
 from neox_bridge.errors import Refused
@@ -22,6 +23,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN2,
     OLMO,
     STABLELM,
+    PHI3,
 )
 _HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
 _SCALED = (
@@ -89,9 +91,13 @@ def for_neox(
 ) -> Architecture | None:
     """The family of a merged yml; None if transformers has no class for its settings.
 
+    It is the first that has all settings, or the first whose norm, MLP and biases these are.
+
     record: the contents of neox_bridge.json. It distinguishes families that have the same settings
     in GPT-NeoX.
     """
     was = ((record or {}).get("config") or {}).get("model_type")
     by_record = sorted(ARCHITECTURES, key=lambda a: a.name != was)
-    return next((family for family in by_record if family.matches_neox(config)), None)
+    matching = [family for family in by_record if family.matches_neox(config)]
+    exact = (family for family in matching if not family.refuse_neox_source(config))
+    return next(exact, matching[0] if matching else None)

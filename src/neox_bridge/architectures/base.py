@@ -272,6 +272,8 @@ class Architecture:
             there is none. Its row of the first block is trained.
         one_matrix: Whether trees before neox-mlp-names have its gated MLP as one matrix with
             biases, as ParallelMLP has geglu there.
+        joined: The tensors of Hugging Face files that contain the rows of several weights: the
+            names of these weights, in order, by the name of the tensor.
         neox_only: Whether transformers has no such class, so that the model can only move between
             layouts of GPT-NeoX; see neox_only.py.
     """
@@ -304,6 +306,7 @@ class Architecture:
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda raw: raw)
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
     forms: tuple[Form, ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     neox_only: bool = False
     shared: str = ""
     one_matrix: bool = False
@@ -311,6 +314,10 @@ class Architecture:
     def has_llama_mlp(self, *, old: bool) -> bool:
         """Whether its MLP is a LLaMAParallelMLP, or today's gated one. old: see one_matrix."""
         return self.gated and not (old and self.one_matrix)
+
+    def joined_name(self, name: str) -> str:
+        """The name of the tensor of Hugging Face files that contains a weight."""
+        return next((joined for joined, parts in self.joined.items() if name in parts), name)
 
     @property
     def has_mlp(self) -> bool:

@@ -2,12 +2,12 @@
 
 Sources: megatron/model/transformer.py of GPT-NeoX (ParallelMLP and Gated_Activation since the
 change neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py;
-models/{llama,mistral,qwen2,olmo,stablelm}/ of transformers. Both frameworks rotate halves, so the
-rows of q and k keep their order within a head.
+models/{llama,mistral,qwen2,olmo,stablelm,phi3}/ of transformers. Both frameworks rotate halves, so
+the rows of q and k keep their order within a head.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,9 @@ class Family:
         biases: Which biases of attention and MLP the class of transformers can have.
         window: Whether it can have a sliding window.
         max_positions: The default of max_position_embeddings.
+        defaults: Other defaults of config.json that differ from those of Llama.
+        dropout: The key of config.json for GPT-NeoX's hidden_dropout; "" if there is none.
+        joined: See ``Architecture``.
         write: Returns more keys of config.json.
         refuse: Returns more of what GPT-NeoX does not support.
         refuse_neox: Returns more of what transformers does not support.
@@ -105,13 +108,19 @@ class Family:
     biases: Biases = "none"
     window: bool = False
     max_positions: int = 2048
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    dropout: str = ""
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     write: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}
     refuse: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
     refuse_neox: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
 
     @property
     def keys(self) -> Keys:
-        return (*SIZE_KEYS, *_EPSILON[self.norm], *_DROPOUT)
+        keys = (*SIZE_KEYS, *_EPSILON[self.norm], *_DROPOUT)
+        if not self.dropout:
+            return keys
+        return (*keys, ("hidden_dropout", float, self.dropout, 0.0, "hidden_dropout", 0.0))
 
 
 def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
@@ -179,8 +188,9 @@ def _read_neox(
     keys = read_keys(family.keys, raw, hf=False)
     kind = str(raw.get("activation") or "gelu")
     activation = next((k for k, (new, old) in ACTIVATIONS.items() if kind in (new, *old)), kind)
+    dropout = number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float)
     return ModelConfig(
-        **keys,
+        **{**keys, "hidden_dropout": dropout},
         **neox_fields(raw, dims, presence),
         activation=activation,
         parallel_residual=bool(raw.get("gpt_j_residual", False)),
@@ -188,7 +198,6 @@ def _read_neox(
         attention_bias=presence.has(f"{QKV}.bias"),
         mlp_bias=presence.has(f"{UP}.bias"),
         norm_bias=family.norm == "layernorm",
-        hidden_dropout=number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float),
         bos_token_id=family.ids[0],
         eos_token_id=family.ids[1],
         kv_heads=_kv_heads(raw, "num_kv_heads", keys["heads"]),
@@ -334,6 +343,10 @@ def _findings_hf_source(
     return stored_biases(raw, {key: (False, there) for key, there in biases.items()})
 
 
+def _complete(family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**family.defaults, **raw} if raw.get("model_type") == family.name else raw
+
+
 def architecture(family: Family) -> Architecture:
     """The architecture of a family: its table of weights, and its config in both directions."""
     return Architecture(
@@ -361,6 +374,8 @@ def architecture(family: Family) -> Architecture:
         refuse_shape=lambda _tp, era: refuse_era({"norm": {family.norm}}, era),
         gated=True,
         norm=family.norm,
+        complete=partial(_complete, family),
+        joined=family.joined,
     )
 
 

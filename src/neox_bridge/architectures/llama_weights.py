@@ -24,6 +24,10 @@ _PARTS: tuple[tuple[Part, str, str, str, Split, str], ...] = (
     ("gate", "mlp.gate_proj", "ffn", UP, "gated", "mlp.w1.weight"),
 )
 _block = partial(Weight, "block")
+# one matrix for gate and up (`Architecture.joined`)
+GATE_UP = {
+    f"{LAYER}mlp.gate_up_proj.weight": tuple(f"{LAYER}mlp.{p}_proj.weight" for p in ("gate", "up"))
+}
 
 
 def weights(norm: Norm, biases: Biases) -> tuple[Weight, ...]:

@@ -114,7 +114,6 @@ transformers 5.24 were compared with the source of GPT-NeoX:
 # the work that a conversion of each would need
 NOT_YET = {
     "starcoder2": "grouped queries with a plain MLP: q, k and v are separate",
-    "phi3": "a Llama whose q, k and v are one matrix, and gate and up another",
     "glm": "partial rotary positions that pair neighbors: rows of q and k would be reordered",
     "falcon": "biases of zeros would be added; ALiBi is rounded to bfloat16 and scaled there",
     "mpt": "biases of zeros would be added to layers and norms; ALiBi",

@@ -8,15 +8,20 @@ from neox_bridge.frameworks.targets import knows
 
 
 def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) -> list[str]:
-    """What a version of transformers silently ignores of a Llama, and which one does not."""
-    if family != "llama":
-        return []
-    ignored = {
-        "hf-llama-rope-theta": config.rotary_base != 10000
-        and f"rope_theta {config.rotary_base:g}: it computes with 10000",
-        "hf-llama-attention-bias": config.attention_bias
-        and "attention_bias: the biases of the attention",
-    }
+    """What a version of transformers ignores of a Llama or a Phi-3, and which one does not."""
+    ignored: dict[str, str | bool] = {}
+    if family == "phi3":
+        ignored = {
+            "hf-phi3-partial-rotary": config.rotary_pct != 1
+            and f"partial_rotary_factor {config.rotary_pct:g}: it rotates whole heads",
+        }
+    if family == "llama":
+        ignored = {
+            "hf-llama-rope-theta": config.rotary_base != 10000
+            and f"rope_theta {config.rotary_base:g}: it computes with 10000",
+            "hf-llama-attention-bias": config.attention_bias
+            and "attention_bias: the biases of the attention",
+        }
     return [
         f"{what} (obeyed since {since(change_id)})"
         for change_id, what in ignored.items()

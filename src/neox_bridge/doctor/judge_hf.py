@@ -204,7 +204,12 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         setting = raw.get(key)
         if setting is None or setting == dims[dim]:
             continue
-        row = next(row for row in checkpoint.table if dim in row.weight.shape)
+        joined = checkpoint.architecture.joined_name
+        row = next(
+            row
+            for row in checkpoint.table
+            if dim in row.weight.shape and joined(row.weight.hf) == row.weight.hf
+        )
         have = [dims[d] for d in row.weight.shape]
         want = [setting if d == dim else dims[d] for d in row.weight.shape]
         yield failure(

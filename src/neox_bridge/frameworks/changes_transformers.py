@@ -32,7 +32,7 @@ def _one_spelling(c: Described) -> bool:
     return bool(old) != ("rope_parameters" in c.raw)
 
 
-_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm")
+_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm", "phi3")
 
 TRANSFORMERS: tuple[Change, ...] = (
     Change(
@@ -127,6 +127,21 @@ TRANSFORMERS: tuple[Change, ...] = (
         "convert it to safetensors, without torch: neox-bridge convert CHECKPOINT NEW --to hf",
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),
         in_error=(r"Due to a serious vulnerability issue in `torch\.load`",),
+    ),
+    Change(
+        "hf-phi3-partial-rotary",
+        Release("4.49.0", 35947),
+        ("phi3",),
+        "partial_rotary_factor in config.json is read: only this part of each head is rotated",
+        "older versions rotate whole heads, or fail because the sizes of tensors do not match",
+        "load it with transformers 4.49 or newer",
+        loud=False,
+        in_checkpoint=hf(
+            "phi3",
+            lambda c: (
+                c.raw.get("partial_rotary_factor", _rope(c).get("partial_rotary_factor", 1.0)) != 1
+            ),
+        ),
     ),
     Change(
         "hf-llama-head-dim",
@@ -333,4 +348,5 @@ CLASS_SINCE = {
     "mamba": "4.39",
     "olmo": "4.40",
     "stablelm": "4.38",
+    "phi3": "4.41",
 }

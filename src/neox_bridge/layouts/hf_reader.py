@@ -10,6 +10,7 @@ from typing import Any
 from neox_bridge.architectures import complete, for_hf, form_of
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
+from neox_bridge.architectures.neox_config import number
 from neox_bridge.architectures.rows import model_rows, table_rows
 from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError, NotOfFamily
@@ -28,6 +29,7 @@ from neox_bridge.layouts.folder_kinds import (
     shards_without_index,
     unfinished_download,
 )
+from neox_bridge.layouts.joined_tensors import split_joined, stored_name
 from neox_bridge.layouts.linked_files import brought_along, check_own
 from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
 from neox_bridge.layouts.record_file import read_record
@@ -74,6 +76,10 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     copies = [*aliased, *_renamed(table, stored.copies, unwrapped)]
     inv_freqs = {k: v for k, v in stored.tensors.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
+    if architecture.joined:
+        heads = number("num_attention_heads", raw.get("num_attention_heads") or 1, int)
+        kv_heads = number("num_key_value_heads", raw.get("num_key_value_heads") or heads, int)
+        wholes = split_joined(architecture, wholes, heads, kv_heads, path)
     forms = frozenset(form.name for form in architecture.forms)
     unknown = (
         unknown_in_mamba_ssm(original)
@@ -360,7 +366,8 @@ class _Table:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-        self.known = {w.hf.format(i="#") for w in architecture.weights if w.split != "zero"}
+        names = (architecture.joined_name(w.hf) for w in architecture.weights if w.split != "zero")
+        self.known = {name.format(i="#") for name in names}
         self.reasons = {name.format(i="#"): why for name, why in architecture.dropped.items()}
 
     def find(self, key: str) -> tuple[str, str]:
@@ -468,13 +475,14 @@ def _require(
     rows = table_rows(architecture, presence.layers)
     missing = [row.hf for row in rows if row.weight.required and row.hf not in named]
     if missing:
-        raise _missing(path, missing)
+        raise _missing(architecture, path, missing)
     headless = architecture.head not in named and SCORE not in named
     if headless and not raw.get("tie_word_embeddings"):
         raise NotOfFamily(_no_head(architecture, path, raw))
 
 
-def _missing(path: str, names: list[str]) -> BridgeError:
+def _missing(architecture: Architecture, path: str, names: list[str]) -> BridgeError:
+    names = list(dict.fromkeys(stored_name(architecture, name) for name in names))
     way_out = unfinished_download(path) or "Download the files again."
     return BridgeError(f"{path}: tensors are missing: {some(names)}. {way_out}")
 
@@ -507,7 +515,7 @@ def _check_names(
 ) -> None:
     want = {row.hf for row in model_rows(architecture, config)}
     if missing := sorted(want - set(named)):
-        raise _missing(path, missing)
+        raise _missing(architecture, path, missing)
     if extra := sorted(set(named) - want):
         raise BridgeError(
             f"{path}: these tensors do not belong to the model that the others describe: "

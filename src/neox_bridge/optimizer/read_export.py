@@ -10,6 +10,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.joined_tensors import split_joined, stored_name
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.states import Optimizer, Scalar, stored_tensors, stored_wholes
@@ -94,26 +95,29 @@ def with_export(
 def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
     if not isfile(path):
         raise BridgeError(f"{path} is missing. Export the optimizer again.")
-    refs = read_safetensors(path)
-    if odd := sorted(set(refs) ^ set(checkpoint.trained)):
+    config = checkpoint.config
+    stored = {name: whole_of(ref) for name, ref in read_safetensors(path).items()}
+    heads, kv_heads = config.heads, config.key_value_heads
+    tensors = split_joined(checkpoint.architecture, stored, heads, kv_heads, path)
+    if odd := sorted(set(tensors) ^ set(checkpoint.trained)):
         raise BridgeError(
             f"{path} does not have the same tensors as {checkpoint.path}. Only one of them has "
             f"{some(odd)}. The export is from another model."
         )
-    for name, ref in refs.items():
-        if ref.shape != checkpoint.tensors[name].shape:
+    for name, whole in tensors.items():
+        if whole.shape != checkpoint.tensors[name].shape:
             raise BridgeError(
-                f"{path}: {name} has the shape {list(ref.shape)}, and in {checkpoint.path} "
+                f"{path}: {name} has the shape {list(whole.shape)}, and in {checkpoint.path} "
                 f"{list(checkpoint.tensors[name].shape)}. The export is from another model."
             )
-    return {name: whole_of(ref) for name, ref in refs.items()}
+    return tensors
 
 
 def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
     """The group of each tensor of the model."""
     parameters = {ref: parameter for (_, parameter), ref in stored_tensors(checkpoint).items()}
     return {
-        name: optimizer.members[parameters[piece.source]]
+        stored_name(checkpoint.architecture, name): optimizer.members[parameters[piece.source]]
         for name, whole in stored_wholes(checkpoint).items()
         for piece in whole.pieces[:1]
         if piece.source is not None

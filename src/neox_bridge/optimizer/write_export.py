@@ -4,6 +4,7 @@ from math import prod
 
 from neox_bridge.formats.safetensors import layout_safetensors
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.joined_tensors import join
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.unknown_keys import listed, warned
 from neox_bridge.optimizer.read_export import SCALARS, scalars
@@ -22,7 +23,7 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
     for key, wholes in by_state.items():
         tensors = [
             OutputTensor(name, whole.dtype, whole.shape, whole.pieces, whole.reduce)
-            for name, whole in wholes.items()
+            for name, whole in join(checkpoint.architecture, wholes).items()
         ]
         files.append(cut_reductions(layout_safetensors(f"{key}.safetensors", tensors)))
     files.append(text_file(SCALARS, dump_json(scalars(checkpoint, optimizer))))

@@ -19,6 +19,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
 from neox_bridge.extras import install_command
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.joined_tensors import join
 from neox_bridge.layouts.unknown_keys import without_ignored
 from neox_bridge.tensors.geometry import gather
 from neox_bridge.tensors.pieces import Whole
@@ -166,6 +167,7 @@ def _weights_on_meta() -> Iterator[None]:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stages:
     names = {id(module): name for name, module in model.named_modules()}
+    tensors = join(checkpoint.architecture, checkpoint.tensors)
 
     @contextmanager
     def loaded(module: nn.Module) -> Iterator[nn.Module]:
@@ -176,7 +178,7 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
                 if owner._parameters[leaf] is None:
                     continue
                 name = ".".join(part for part in (names[id(module)], inner, leaf) if part)
-                value = read(_stored(checkpoint, name), device)
+                value = read(_stored(checkpoint, tensors, name), device)
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         try:
             yield module
@@ -207,18 +209,18 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
     yield Stage("logits", x.float())
 
 
-def _stored(checkpoint: Checkpoint, name: str) -> Whole:
+def _stored(checkpoint: Checkpoint, tensors: Mapping[str, Whole], name: str) -> Whole:
     """The stored tensor that has this name in transformers."""
     architecture = checkpoint.architecture
     name = architecture.aliases.get(name, name)
     if checkpoint.config.tied_embeddings and name == architecture.head:
         name = architecture.embeddings
-    if name not in checkpoint.tensors:
+    if name not in tensors:
         raise BridgeError(
             f"{checkpoint.path} does not contain {name}, which transformers would initialize "
             "randomly."
         )
-    return checkpoint.tensors[name]
+    return tensors[name]
 
 
 class _Reached(Exception):
