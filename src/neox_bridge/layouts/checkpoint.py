@@ -140,6 +140,7 @@ class Checkpoint:
         copies: Tensors that the files contain twice. ``tensors`` has the first of each.
         wrappers: Parts of the tensor names that do not belong to the model, such as ``_orig_mod.``.
         unindexed: Whether a Hugging Face folder has shards without their index file.
+        index_findings: Those of ``findings`` about the index file and what it names.
         original_rows: The vocabulary rows before GPT-NeoX padded them, according to the yml of a
             run that has trained the padding since.
         carried: The license, the model card and other small texts beside the model.
@@ -175,6 +176,7 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
     original_rows: int | None = None
     unindexed: bool = False
+    index_findings: tuple[Finding, ...] = ()
     from_masters: bool = False
     source: str = ""
     carried: CarriedFiles = field(default_factory=CarriedFiles)

@@ -29,6 +29,7 @@ from neox_bridge.layouts.folder_kinds import (
     shards_without_index,
     unfinished_download,
 )
+from neox_bridge.layouts.index_findings import index_findings
 from neox_bridge.layouts.joined_tensors import split_joined, stored_name
 from neox_bridge.layouts.linked_files import brought_along, check_own
 from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
@@ -36,8 +37,9 @@ from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.same_values import same_place
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
-from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
+from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.layouts.tokenizer import NAMES, tokenizer_files, tokenizer_size
+from neox_bridge.layouts.weight_sets import WeightSet, read_index
 from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
 from neox_bridge.stores.paths import ahead, lexists
 from neox_bridge.tensors.pieces import Whole, whole_of
@@ -94,6 +96,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
         copies=tuple(copies),
         wrappers=unwrapped.wrappers,
         unindexed=stored.unindexed,
+        index_findings=tuple(stored.findings),
         findings=(
             *checkpoint.findings,
             *stored.findings,
@@ -218,6 +221,7 @@ class _Stored:
 
     Attributes:
         copies: Tensors that are in two files.
+        findings: What the index says and the files do not confirm.
         classes: See ``quantized_class``.
         unindexed: Whether these are shards without an index.
     """
@@ -239,9 +243,9 @@ def _read_tensors(path: str) -> _Stored:
             tensors, classes = _read_file(file)
             return _Stored(tensors, (file,), findings=beside, classes=classes)
         if lexists(index):
-            return _read_shards(path, *_weight_map(path, index))
+            return _read_shards(path, read_index(path, f"{single}.index.json", list_folder(path)))
     if (names := shards_without_index(path)) is not None:
-        return replace(_read_shards(path, names, {}), unindexed=True)
+        return replace(_read_shards(path, WeightSet("", tuple(names))), unindexed=True)
     refuse_foreign(path)
     raise BridgeError(
         f"{path} has a config.json but no weights: {', '.join(_SINGLE)} and their index files "
@@ -260,35 +264,17 @@ def _index_ignored(single: str) -> Finding:
     )
 
 
-def _weight_map(path: str, index: str) -> tuple[list[str], dict[str, str]]:
-    """The shards that an index names, and the shard of each tensor."""
-    check_own(index, path)
-    weight_map = read_json(index, LARGE_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise BridgeError(
-            f"{index} is damaged: its weight_map from tensors to files is missing. Download it "
-            "again."
-        )
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if os.path.basename(name) != name or name in ("", ".", ".."):
-            raise BridgeError(
-                f"{index} names {name!r}, which is not a file in the same folder. The index is "
-                "damaged or malicious. Get it again from its source."
-            )
-    return names, weight_map
-
-
-def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str]) -> _Stored:
+def _read_shards(path: str, weights: WeightSet) -> _Stored:
     """Read the tensors of shards. Of a tensor in two shards, the copy that the index names is read.
 
     If the index does not name it, the last copy is read, as in transformers; without an index, the
     first.
     """
+    weight_map = weights.weight_map
     places: dict[str, dict[str, TensorRef]] = {}
     classes: dict[str, str] = {}
-    files = [os.path.join(path, name) for name in names]
-    for name, file in zip(names, ahead(files), strict=True):
+    files = [os.path.join(path, name) for name in weights.files]
+    for name, file in zip(weights.files, ahead(files), strict=True):
         if not lexists(file):
             raise BridgeError(
                 f"{file} is missing, although the index file names it. "
@@ -299,19 +285,27 @@ def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str])
         for key, ref in held.items():
             places.setdefault(key, {})[name] = ref
     tensors: dict[str, TensorRef] = {}
+    homes: dict[str, str] = {}
+    twice: dict[str, str] = {}
     copies: list[Copy] = []
     for key, by_name in places.items():
         unlisted = list(by_name)[-1 if weight_map else 0]
-        wanted = by_name.pop(weight_map.get(key, unlisted), None)
+        home = weight_map.get(key, unlisted)
+        wanted = by_name.pop(home, None)
         if wanted is not None:
-            tensors[key] = wanted
+            tensors[key], homes[key] = wanted, home
+            if by_name:
+                twice[key] = ", ".join(by_name)
             copies += [Copy(key, wanted, ref, key, key) for ref in by_name.values()]
     if missing := sorted(set(weight_map) - set(tensors) - set(classes)):
         raise BridgeError(
             f"{path}: the index file names tensors that its files do not contain: {some(missing)}. "
             f"{unfinished_download(path) or 'Download the files again.'}"
         )
-    return _Stored(tensors, tuple(files), copies, classes=classes)
+    findings: list[Finding] = []
+    if weights.index:
+        findings += index_findings(weights, tensors, homes, twice, complete=not classes)
+    return _Stored(tensors, tuple(files), copies, findings, classes)
 
 
 def _read_file(file: str) -> tuple[dict[str, TensorRef], dict[str, str]]:

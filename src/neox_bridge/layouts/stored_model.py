@@ -122,6 +122,11 @@ class StoredModel:
         return {name: whole_of(tensor.ref) for name, tensor in self.stored.items()}
 
     @property
+    def index_findings(self) -> tuple[Finding, ...]:
+        """Those of ``findings`` about which files there are and what their index names."""
+        return tuple(finding for part in self.components for finding in part.findings)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """All weight files."""
         return tuple(file for component in self.components for file in component.files)

@@ -9,6 +9,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import Entry, read_entries
 from neox_bridge.layouts.folder_kinds import unfinished_download
+from neox_bridge.layouts.index_findings import index_findings
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.quantized import (
     Quantization,
@@ -149,7 +150,7 @@ def read_component(
             f"{absent} does not contain {some(missing)}, although {weights.index} says so. "
             f"{unfinished_download(folder) or 'Download the files again.'}"
         )
-    findings = _index_findings(weights, tensors, homes, twice)
+    findings = _findings(weights, tensors, homes, twice, complete=not classes)
     return (
         Component(
             name,
@@ -220,57 +221,25 @@ def _config(folder: str) -> Mapping[str, Any]:
     return {}
 
 
-def _index_findings(
+def _findings(
     weights: WeightSet,
     tensors: Mapping[str, StoredTensor],
     homes: Mapping[str, str],
     twice: Mapping[str, str],
+    *,
+    complete: bool,
 ) -> Iterator[Finding]:
-    """What the index says and the files do not confirm."""
-    if not weights.index:
-        if len(weights.files) > 1:
-            yield Finding(
-                "no-index",
-                "warning",
-                f"the index file of {len(weights.files)} shards ({weights.name}) is missing. "
-                "transformers would not load them",
-                subject="missing index",
-            )
-        return
-    get_again = "download the index and the shards again, from one revision"
-    if elsewhere := sorted(
-        key for key, file in homes.items() if weights.weight_map.get(key, file) != file
-    ):
+    """What is odd about the files of a set."""
+    if weights.index:
+        refs = {name: tensor.ref for name, tensor in tensors.items()}
+        yield from index_findings(weights, refs, homes, twice, complete=complete)
+    elif len(weights.files) > 1:
         yield Finding(
-            "index-wrong-shard",
+            "no-index",
             "warning",
-            f"{weights.index} names another shard for {some(elsewhere)}",
-            get_again,
-        )
-    if extra := sorted(set(tensors) - set(weights.weight_map)):
-        yield Finding(
-            "not-in-index",
-            "warning",
-            f"{weights.index} does not name {some(extra)}, which its shards contain",
-            get_again,
-        )
-    if twice:
-        places = [f"{key} ({file})" for key, file in sorted(twice.items())]
-        yield Finding(
-            "second-copy",
-            "warning",
-            f"second copies of tensors are in shards that {weights.index} does not name for "
-            f"them: {some(places)}",
-            get_again,
-        )
-    size = sum(tensor.ref.nbytes for tensor in tensors.values())
-    if weights.total_size is not None and weights.total_size != size:
-        yield Finding(
-            "wrong-total-size",
-            "warning",
-            f"{weights.index}: metadata.total_size is {weights.total_size:,}, but the tensors "
-            f"have {size:,} bytes",
-            get_again,
+            f"the index file of {len(weights.files)} shards ({weights.name}) is missing. "
+            "transformers would not load them",
+            subject="missing index",
         )
 
 

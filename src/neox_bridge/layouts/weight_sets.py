@@ -4,6 +4,7 @@ The order of preference is that of transformers (modeling_utils.py): one safeten
 safetensors with an index, then the same as pickles.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ class WeightSet:
         weight_map: The file of each tensor according to the index.
         total_size: ``metadata.total_size`` of the index, or None.
         absent: Names of files that belong to it but are not in the folder.
+        unnamed: Names of files that are named like its shards, but that its index does not name.
     """
 
     name: str
@@ -43,6 +45,7 @@ class WeightSet:
     weight_map: Mapping[str, str] = field(default_factory=dict)
     total_size: int | None = None
     absent: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
 
     @property
     def pickled(self) -> bool:
@@ -55,8 +58,8 @@ def weight_sets(folder: str, names: Sequence[str]) -> tuple[WeightSet, ...]:
 
     names: of the files in the folder. Raises BridgeError for a damaged index.
     """
-    sets = [_indexed(folder, name, names) for name in names if _INDEX.fullmatch(name)]
-    taken = {file for one in sets for file in one.files}
+    sets = [read_index(folder, name, names) for name in names if _INDEX.fullmatch(name)]
+    taken = {file for one in sets for file in (*one.files, *one.unnamed)}
     loose = [name for name in names if name not in taken and is_weights_file(name)]
     groups: dict[str, list[str]] = {}
     for name in loose:
@@ -81,7 +84,11 @@ def _order(one: WeightSet) -> tuple[bool, int, bool, str]:
     return one.pickled, place, bool(one.index), one.name
 
 
-def _indexed(folder: str, index: str, names: Sequence[str]) -> WeightSet:
+def read_index(folder: str, index: str, names: Sequence[str]) -> WeightSet:
+    """The set of weights that an index file describes.
+
+    names: of the files in the folder. Raises BridgeError if the index is damaged.
+    """
     path = os.path.join(folder, index)
     check_own(path, folder)
     content = read_json(path, LARGE_BYTES, depth=None)
@@ -104,14 +111,22 @@ def _indexed(folder: str, index: str, names: Sequence[str]) -> WeightSet:
             )
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    name, there = index.removesuffix(".index.json"), set(names)
     return WeightSet(
-        index.removesuffix(".index.json"),
+        name,
         files,
         index,
         weight_map,
-        int(total) if isinstance(total, int | float) and total == total else None,
-        tuple(name for name in files if name not in set(names)),
+        int(total) if isinstance(total, int | float) and math.isfinite(total) else None,
+        tuple(file for file in files if file not in there),
+        tuple(file for file in names if file not in files and _set_of(file) == name),
     )
+
+
+def _set_of(file: str) -> str:
+    """What the shards of a set have in common: ``model.safetensors``; "" for other files."""
+    shard = _SHARD.fullmatch(file)
+    return f"{shard[1]}.{shard[4]}" if shard else ""
 
 
 def _loose(files: Sequence[str]) -> WeightSet:
