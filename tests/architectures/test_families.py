@@ -52,6 +52,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {}),
     ("phi3", {"num_key_value_heads": 2, "sliding_window": 5, "resid_pdrop": 0.1}),
     ("phi3", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    ("starcoder2", {}),
+    ("starcoder2", {"num_key_value_heads": 2, "sliding_window": 5, "rope_theta": 500000.0}),
+    ("starcoder2", {"num_key_value_heads": 2, "hidden_act": "gelu", "tie_word_embeddings": False}),
 ]
 # a family that has no cases of its own yet
 CASES += [(a.name, {}) for a in ARCHITECTURES if a.gated and a.name not in dict(CASES)]
@@ -121,7 +124,8 @@ def test_both_ways(family: str, config: dict[str, Any], tp: int, era: str, tmp_p
     windowed = config.get("sliding_window") is not None  # such a model cannot be ranks
     layout = {"layout": "ranks"} if tp == 2 and not windowed else {"pp": 2}
     plan = convert(hf, tmp_path / "neox", tp=tp, era=era_named(era), **layout)
-    expected = [] if era == "today" or family == "stablelm" else ["rms-epsilon"]
+    layernorm = family in ("stablelm", "starcoder2")
+    expected = [] if era == "today" or layernorm else ["rms-epsilon"]
     assert [f.code for f in plan.findings] == expected
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     order = "grouped" if era == "today" else "interleaved"

@@ -36,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("olmo", {"num_key_value_heads": 2}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     ("phi3", {"num_key_value_heads": 2, "eos_token_id": 2}),
+    ("starcoder2", {"num_key_value_heads": 2}),
 ]
 IDS = [family for family, _ in CASES]
 TOKENS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -107,7 +107,10 @@ MODELS: dict[str, tuple[Parts, dict[str, Any]]] = {
         ),
         {"norm": "rmsnorm", "use_qk_layernorm": True},
     ),
-    "grouped queries": (model([_grouped(b, 6) for b in _blocks()]), {"num_kv_heads": 6}),
+    "grouped queries": (
+        model([_grouped(b, 6) for b in _blocks()]),
+        {"num_kv_heads": 6, "rotary_pct": 0.5},
+    ),
     "MoE": (
         model([_moe(), block(0, norm="scale")], norm="scale"),
         {"norm": "rmsnorm", "moe_num_experts": 12, "moe_expert_interval": 2},
@@ -321,7 +324,8 @@ def test_shared_layers_are_ignored_as_gpt_neox_ignores_them(tmp_path: Path) -> N
 
 
 def test_key_value_heads_that_the_tensors_do_not_have_are_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "source", model(_blocks()), 2, {"num_kv_heads": 6})
+    settings = {"num_kv_heads": 6, "rotary_pct": 0.5}
+    source = write(tmp_path / "source", model(_blocks()), 2, settings)
     with pytest.raises(BridgeError, match=r"heads of query_key_value are 6 wide.*another model"):
         open_checkpoint(str(source))
 

@@ -29,7 +29,17 @@ TREES |= {
     if change.ends_era not in ("", "v1.0")
 }
 TREES["today"] = MERGED[-1].commit
-FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "mamba", "olmo", "stablelm", "phi3")
+FAMILIES = (
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "mamba",
+    "olmo",
+    "stablelm",
+    "phi3",
+    "starcoder2",
+)
 # the parts of DeepSpeed that GPT-NeoX's yml can configure
 _CONFIGURED = ("runtime", "monitor", "profiling", "comm", "elasticity", "autotuning", "compression")
 _CONFIG_CLASSES = ("PretrainedConfig", "PreTrainedConfig", "GenerationConfig")

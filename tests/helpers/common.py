@@ -25,7 +25,8 @@ HELPERS = Path(__file__).parent
 TESTS = HELPERS.parent
 FIXTURES = TESTS / "data" / "fixtures"
 # Llama and its relatives, and the others
-LLAMA = sorted(p.name for p in FIXTURES.iterdir() if p.name.startswith(("llama", "olmo")))
+_RELATIVES = ("llama", "olmo", "starcoder2")
+LLAMA = sorted(p.name for p in FIXTURES.iterdir() if p.name.startswith(_RELATIVES))
 GPT_NEOX = sorted({path.name for path in FIXTURES.iterdir()} - set(LLAMA))
 TINY: dict[str, Any] = {
     "vocab_size": 300,
@@ -48,6 +49,8 @@ TINY_LLAMA: dict[str, Any] = {
 }
 # the class has a padding token that is not in this vocabulary
 TINY_PHI3: dict[str, Any] = {**TINY_LLAMA, "eos_token_id": 2, "pad_token_id": None}
+# trees before 2024-09 have no plain MLP of another width
+TINY_STARCODER2 = {**TINY_LLAMA, "intermediate_size": 256, "bos_token_id": 0, "eos_token_id": 0}
 TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2}
 
 
@@ -63,7 +66,12 @@ def make_hf(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    tiny = {"gpt_neox": TINY, "mamba": TINY_MAMBA, "phi3": TINY_PHI3}.get(family, TINY_LLAMA)
+    tiny = {
+        "gpt_neox": TINY,
+        "mamba": TINY_MAMBA,
+        "phi3": TINY_PHI3,
+        "starcoder2": TINY_STARCODER2,
+    }.get(family, TINY_LLAMA)
     made = AutoConfig.for_model(family, **{**tiny, **config})
     model = AutoModelForCausalLM.from_config(made)
     with torch.no_grad():

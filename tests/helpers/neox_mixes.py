@@ -166,6 +166,27 @@ MIXES = (
         {**_RMS, **_SEQUENTIAL, **_gated("bilinear", **_PLAIN), "rotary_pct": 1},
         hf=True,
     ),
+    Mix(
+        "grouped queries window StarCoder 2",
+        "today",
+        {"num_kv_heads": 4, "sliding_window_width": 5, "rotary_pct": 1, **_SEQUENTIAL},
+        targets=((1, 1), (4, 1)),
+        hf=True,
+    ),
+    Mix(
+        "relu StarCoder 2 2024-03",
+        "2024-03",
+        {"num_kv_heads": 6, "activation": "relu", "rotary_pct": 1, **_SEQUENTIAL},
+        targets=((1, 0), (3, 1)),
+        hf=True,
+    ),
+    Mix(
+        "fused gelu StarCoder 2 2024-09",
+        "2024-09",
+        {"num_kv_heads": 6, "bias_gelu_fusion": True, "rotary_pct": 1, **_SEQUENTIAL},
+        targets=((1, 0), (3, 1)),
+        hf=True,
+    ),
     Mix("parallel swiglu 2024-10", "2024-10", {**_gated("swiglu", **_PLAIN), **_RMS}),
 )
 # what every tensor-parallel rank holds alike; row biases too where they are not summed

@@ -34,7 +34,17 @@ from neox_bridge.verification.diff import diff
 from neox_bridge.verification.verify import verify
 
 RUNNER = CliRunner()
-FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "mamba", "olmo", "stablelm", "phi3")
+FAMILIES = (
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "mamba",
+    "olmo",
+    "stablelm",
+    "phi3",
+    "starcoder2",
+)
 HEADS = {
     "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),
     "mamba": ("lm_head.weight", "backbone.embeddings.weight"),

@@ -25,6 +25,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {**PHI3, "partial_rotary_factor": 0.5}),
     ("olmo", {}),
     ("olmo", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
+    ("starcoder2", {}),
+    ("starcoder2", {**GROUPED, "sliding_window": 5, "rope_theta": 500000}),
+    ("starcoder2", {**GROUPED, "hidden_act": "gelu", "tie_word_embeddings": False}),
 ]
 # 1e-3 where RMSNorm has its epsilon elsewhere (before 4c9f1081)
 TREES = {"today": ("gpt-neox", 1e-5)}
@@ -40,6 +43,8 @@ def runs(family: str, config: dict[str, Any], era: str) -> bool:
     """Whether GPT-NeoX of an era has this MLP, and these norms."""
     if config.get("mlp_bias") or family == "olmo":
         return era == "today"
+    if family == "starcoder2":  # its MLP is plain
+        return True
     activation = config.get("hidden_act", "silu")
     # with these, trees of 2024-10 add biases without asking
     return (

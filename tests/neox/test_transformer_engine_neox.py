@@ -20,6 +20,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", GROUPED),
     ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
     ("qwen2", GROUPED),
+    ("starcoder2", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
 ]
 
 

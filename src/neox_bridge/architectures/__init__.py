@@ -12,6 +12,7 @@ from neox_bridge.architectures.olmo import ARCHITECTURE as OLMO
 from neox_bridge.architectures.phi3 import ARCHITECTURE as PHI3
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.architectures.stablelm import ARCHITECTURE as STABLELM
+from neox_bridge.architectures.starcoder2 import ARCHITECTURE as STARCODER2
 from neox_bridge.errors import Refused
 
 # Mamba first: its blocks ignore the MLP settings that identify the other families
@@ -24,6 +25,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     OLMO,
     STABLELM,
     PHI3,
+    STARCODER2,
 )
 _HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
 _SCALED = (

@@ -75,7 +75,7 @@ _WEIGHTS = (
 # by our name: names in Hugging Face (the first is written), names in GPT-NeoX, bias_gelu_fusion.
 # The fused gelu is the tanh form with a rounded constant, which gelu_fast has too
 # (GPT-NeoX megatron/model/activations.py; transformers activations.py).
-_ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
+ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "gelu": (("gelu", "gelu_python"), ("gelu",), False),
     "gelu_tanh": (
         ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
@@ -117,7 +117,7 @@ def rope_of(raw: Mapping[str, Any]) -> tuple[float, float]:
 
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
     act = raw.get("hidden_act") or "gelu"
-    activation = next((k for k, (hf, _, _) in _ACTIVATIONS.items() if act in hf), str(act))
+    activation = next((k for k, (hf, _, _) in ACTIVATIONS.items() if act in hf), str(act))
     pct, base = rope_of(raw)
     first = _LAYER.format(i=0)
     return ModelConfig(
@@ -135,7 +135,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 
 def _write_hf(config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
-    names = _ACTIVATIONS.get(config.activation, ((config.activation,),))[0]
+    names = ACTIVATIONS.get(config.activation, ((config.activation,),))[0]
     return {
         **head_config("GPTNeoXForCausalLM", config),
         **hf_settings(_KEYS, config),
@@ -158,7 +158,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     kind, fused = raw.get("activation") or "gelu", bool(raw.get("bias_gelu_fusion"))
     fused = fused and kind == "gelu"
     activation = next(
-        (k for k, (_, neox, f) in _ACTIVATIONS.items() if kind in neox and f == fused), str(kind)
+        (k for k, (_, neox, f) in ACTIVATIONS.items() if kind in neox and f == fused), str(kind)
     )
     keys = read_keys(_KEYS, raw, hf=False)
     return ModelConfig(
@@ -175,7 +175,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
 def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
     base = int(config.rotary_base)
     # other layouts of GPT-NeoX support activations that transformers does not have
-    _, neox, fused = _ACTIVATIONS.get(config.activation, ((), (config.activation,), False))
+    _, neox, fused = ACTIVATIONS.get(config.activation, ((), (config.activation,), False))
     written: dict[str, Any] = {"hidden_size": config.hidden}
     for name, _, _, _, key, default in _KEYS:
         value = getattr(config, name)
@@ -195,6 +195,8 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
         written["rotary_emb_base"] = base
     if config.window is not None:
         written["sliding_window_width"] = config.window - 1
+    if config.grouped_query:
+        written["num_kv_heads"] = config.key_value_heads
     if config.tied_norms:
         written["gpt_j_tied"] = True
     if not config.attention_bias:
@@ -205,36 +207,42 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
 
 
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
-    names = [name for hf, _, _ in _ACTIVATIONS.values() for name in hf]
+    names = [name for hf, _, _ in ACTIVATIONS.values() for name in hf]
     return refuse_hf_common(raw, rope_of(raw)[1], "rotary_emb_base", names)
 
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """Refuse what GPT-NeoX computes and GPTNeoXForCausalLM does not (megatron/model/)."""
+    grouped = raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads"))
+    reason = "gpt_neox in transformers does not support grouped-query attention"
+    checks = [("num_kv_heads", grouped, reason)]
+    return refuse_plain(raw, "gpt_neox") + refusals(checks, neox_only=True)
+
+
+def refuse_plain(raw: Mapping[str, Any], name: str, window: bool = False) -> list[Refusal]:
+    """Refuse what no family with rotary positions, LayerNorm and a plain MLP has in transformers.
+
+    name: the family. window: whether it has a sliding window.
+    """
     pos, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
     kind = raw.get("activation") or "gelu"
-    activations = [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]
+    activations = [name for _, neox, _ in ACTIVATIONS.values() for name in neox]
     kinds = attention_kinds(raw) - {"global", "flash"}
     checks: tuple[tuple[str, bool, str], ...] = (
         (
             "pos_emb",
             pos != "rotary",
-            f"gpt_neox in transformers supports only rotary positions, but this model uses {pos!r}",
+            f"{name} in transformers supports only rotary positions, but this model uses {pos!r}",
         ),
         (
             "norm",
             norm != "layernorm",
-            f"gpt_neox in transformers supports only layernorm, but this model uses {norm!r}",
+            f"{name} in transformers supports only layernorm, but this model uses {norm!r}",
         ),
         (
             "activation",
             kind not in activations,
-            f"gpt_neox in transformers does not support {kind!r}",
-        ),
-        (
-            "num_kv_heads",
-            raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads")),
-            "gpt_neox in transformers does not support grouped-query attention",
+            f"{name} in transformers does not support {kind!r}",
         ),
         (
             "use_bias_in_mlp",
@@ -245,11 +253,11 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         (
             "attention_config",
             bool(kinds),
-            "gpt_neox in transformers supports only global attention, but this model uses "
+            f"{name} in transformers supports only global attention, but this model uses "
             f"{sorted(kinds)}",
         ),
     )
-    return refuse_common(raw) + refuse_tied(raw) + refusals(checks, neox_only=True)
+    return refuse_common(raw, window) + refuse_tied(raw) + refusals(checks, neox_only=True)
 
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:

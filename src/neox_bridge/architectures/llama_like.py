@@ -123,7 +123,7 @@ class Family:
         return (*keys, ("hidden_dropout", float, self.dropout, 0.0, "hidden_dropout", 0.0))
 
 
-def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
+def kv_heads_of(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
     count = number(key, raw.get(key) or heads, int)
     return None if count == heads else count
 
@@ -158,7 +158,7 @@ def _read_hf(
         attention_bias=presence.has(f"{first}self_attn.q_proj.bias"),
         mlp_bias=presence.has(f"{first}mlp.up_proj.bias"),
         norm_bias=family.norm == "layernorm",
-        kv_heads=_kv_heads(raw, "num_key_value_heads", keys["heads"]),
+        kv_heads=kv_heads_of(raw, "num_key_value_heads", keys["heads"]),
         window=None if window is None else number("sliding_window", window, int),
     )
 
@@ -200,7 +200,7 @@ def _read_neox(
         norm_bias=family.norm == "layernorm",
         bos_token_id=family.ids[0],
         eos_token_id=family.ids[1],
-        kv_heads=_kv_heads(raw, "num_kv_heads", keys["heads"]),
+        kv_heads=kv_heads_of(raw, "num_kv_heads", keys["heads"]),
     )
 
 
@@ -258,10 +258,12 @@ def _write_neox(family: Family, config: ModelConfig, old: bool) -> dict[str, Any
     }
 
 
-def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
-    reasons = refuse_hf_common(
-        raw, rope_base(raw), "rope_theta", ("silu", "swish", *list(ACTIVATIONS)[1:])
-    )
+def refuse_heads(raw: Mapping[str, Any], name: str, rotary_pct: float | None) -> list[Refusal]:
+    """Refuse heads of another size, and partly rotated ones of a family that has none.
+
+    name: the family. rotary_pct: see ``Family``.
+    """
+    reasons: list[Refusal] = []
     hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if raw.get("head_dim") and hidden and heads and raw["head_dim"] * heads != hidden:
         reasons.append(
@@ -272,15 +274,22 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
             )
         )
     share = _rotary_pct(raw, 1.0)
-    if family.rotary_pct is None and share != 1.0:
+    if rotary_pct is None and share != 1.0:
         reasons.append(
             Refusal(
                 "partial_rotary_factor",
-                f"{family.name} in transformers rotates whole heads, but this config says {share}",
+                f"{name} in transformers rotates whole heads, but this config says {share}",
                 "if the model rotates whole heads, set it to 1.0",
             )
         )
-    return reasons + family.refuse(raw)
+    return reasons
+
+
+def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
+    reasons = refuse_hf_common(
+        raw, rope_base(raw), "rope_theta", ("silu", "swish", *list(ACTIVATIONS)[1:])
+    )
+    return reasons + refuse_heads(raw, family.name, family.rotary_pct) + family.refuse(raw)
 
 
 def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:

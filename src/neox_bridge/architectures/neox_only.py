@@ -37,6 +37,7 @@ from neox_bridge.architectures.neox_config import (
     read_keys,
     refuse_era,
 )
+from neox_bridge.architectures.starcoder2 import ARCHITECTURE as STARCODER2
 from neox_bridge.errors import Refused
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
@@ -483,8 +484,8 @@ def _refuse_neox_source(
         name, why = next(iter(fixed.items()))
         reason = f"{why}, so this model exists on {model.tp} tensor-parallel ranks only"
         return refusals([(name, True, reason)], neox_only=True)
-    plain = LLAMA if model.gated else GPT_NEOX
-    near = MAMBA if "mamba" in attention_kinds(raw) else plain
+    plain = STARCODER2 if model.grouped_query else GPT_NEOX
+    near = MAMBA if "mamba" in attention_kinds(raw) else LLAMA if model.gated else plain
     reasons = near.refuse_neox_source(raw)
     what = {
         "norm": raw.get("norm") or "layernorm",

@@ -53,8 +53,8 @@ HF = _table(
             max_position_embeddings head_dim sliding_window state_size conv_kernel expand n_layer
             d_model""",
         _HEADS: "num_attention_heads num_key_value_heads",
-        _NUMBER: """layer_norm_eps rms_norm_eps layer_norm_epsilon hidden_dropout attention_dropout
-            resid_pdrop initializer_range""",
+        _NUMBER: """layer_norm_eps rms_norm_eps layer_norm_epsilon norm_epsilon hidden_dropout
+            resid_pdrop residual_dropout embedding_dropout attention_dropout initializer_range""",
         _SHARE: "rotary_pct partial_rotary_factor",
         _BASE: "rotary_emb_base rope_theta",
         _SWITCH: """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias

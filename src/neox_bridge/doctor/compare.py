@@ -105,7 +105,7 @@ def _equal(feature: str, value: str, note: str = "") -> Row:
 def _qkv(checkpoint: Checkpoint) -> Row:
     config, feature = checkpoint.config, "query, key, value"
     note = "the rows are head by head, [q k v] each"
-    if not checkpoint.architecture.gated:
+    if all(weight.split != "fused" for weight in checkpoint.architecture.weights):
         return _equal(feature, f"{config.heads} heads in one matrix", note)
     if config.grouped_query:
         note = "all q, all k, all v on each rank since 2024-11, by query head before"
@@ -141,8 +141,9 @@ def _activation(checkpoint: Checkpoint) -> Row:
 
 
 def _residual(checkpoint: Checkpoint) -> Row:
-    parallel = checkpoint.config.parallel_residual
-    if checkpoint.architecture.gated:
+    config, architecture = checkpoint.config, checkpoint.architecture
+    parallel = config.parallel_residual
+    if architecture.gated or "use_parallel_residual" not in architecture.write_hf(config):
         return _equal("residual", "attention, then MLP")
     form = "x + attention(norm1 x) + mlp(norm2 x)" if parallel else "attention, then MLP"
     return Row(

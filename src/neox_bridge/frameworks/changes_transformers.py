@@ -32,7 +32,7 @@ def _one_spelling(c: Described) -> bool:
     return bool(old) != ("rope_parameters" in c.raw)
 
 
-_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm", "phi3")
+_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm", "phi3", "starcoder2")
 
 TRANSFORMERS: tuple[Change, ...] = (
     Change(
@@ -349,4 +349,5 @@ CLASS_SINCE = {
     "olmo": "4.40",
     "stablelm": "4.38",
     "phi3": "4.41",
+    "starcoder2": "4.39",
 }

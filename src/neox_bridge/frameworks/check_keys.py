@@ -42,11 +42,22 @@ _UNREAD_BY_CLASS = {
         "d_model": "hidden_size",
         "d_inner": "intermediate_size",
     },
+    "starcoder2": {"layer_norm_epsilon": "norm_epsilon"},
 }
 # keys that neox-bridge writes for GPT-NeoX, and that a family without attention ignores
 _IDLE = {"mamba": ("num_attention_heads", "max_position_embeddings")}
-# settings of mamba_ssm that the class of transformers always has
-_MAMBA_ALWAYS: tuple[tuple[str, object], ...] = (("rms_norm", True), ("ssm_cfg", {}))
+# settings of other libraries that the class of transformers always has: of mamba_ssm, and of the
+# trainer of StarCoder 2, in its published models
+_ALWAYS: dict[str, tuple[tuple[str, object], ...]] = {
+    "mamba": (("rms_norm", True), ("ssm_cfg", {})),
+    "starcoder2": (
+        ("attention_softmax_in_fp32", True),
+        ("scale_attention_softmax_in_fp32", True),
+        ("scale_attn_weights", True),
+        ("norm_type", "layer_norm"),
+        ("mlp_type", "default"),
+    ),
+}
 
 
 def unknown_in_yml(
@@ -94,7 +105,7 @@ def unknown_in_config(
             continue
         if key in UNREAD and effect_of(key, value) != "model":
             continue
-        if key in _IDLE.get(family, ()) or (family == "mamba" and (key, value) in _MAMBA_ALWAYS):
+        if key in _IDLE.get(family, ()) or (key, value) in _ALWAYS.get(family, ()):
             continue
         if key in unread and value in (raw.get(unread[key]), rope.get(key)):
             continue

@@ -131,7 +131,7 @@ def hf_model(
                 "biases-added",
                 "info",
                 f"{added} biases are missing from the source and are written as zeros, because "
-                "gpt_neox in transformers always has them",
+                f"{checkpoint.architecture.name} in transformers always has them",
             )
         )
     return wholes, config, dropped, findings
