@@ -43,6 +43,7 @@ from neox_bridge.verification.statistics import Statistics
 
 PACKAGE = Path(__file__).parents[1] / "src" / "neox_bridge"
 Kind = Literal["hf", "neox"]
+ReadBy = Literal["family", "names"]
 Severity = Literal["info", "warning", "error"]
 
 
@@ -500,6 +501,7 @@ class _Verification(Head):
     findings: list[Finding]
     casts: list[Cast]
     overflows: dict[str, int]
+    read_by: ReadBy
     verdict: str
     holds: bool
 
@@ -514,6 +516,7 @@ class Verification(_Verification, total=False):
         size: Bytes of the target's tensors.
         differences: Differences, without the declared changes of a conversion.
         overflows: Finite values that became infinite in a cast, by tensor.
+        read_by: Whether both were read with the knowledge of a family, or by names as stored.
         holds: Whether the target equals the source.
         logits: With --logits.
         recorded: With --tokens that have logits.
@@ -548,11 +551,13 @@ class Diff(Head):
     Attributes:
         first: A as the user named it.
         second: B as the user named it.
+        read_by: Whether both were read with the knowledge of a family, or by names as stored.
         tensors: Every tensor of either, largest relative difference first.
     """
 
     first: str
     second: str
+    read_by: ReadBy
     equal: bool
     tensors: list[Difference]
 

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.conversion import (
     comparison_of,
     conversion_check,
+    diff_sides,
+    diff_tensors,
     open_checkpoint,
     plan,
     plan_conversion,
     verify_comparison,
 )
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.open_stored import open_any
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.planning.option_checks import check_outside
 from neox_bridge.planning.options import Options, with_choices
 from neox_bridge.planning.plan import Plan
@@ -376,7 +380,8 @@ def verify(
     """Compare a converted checkpoint with its source: every tensor bit by bit, and the config.
 
     Changes that the conversion declares do not count as differences: a cast, rows of padding,
-    biases that are split over ranks.
+    biases that are split over ranks. Two Hugging Face repositories, of which at least one is of no
+    known family, are compared by name, shape, dtype and bits.
 
     Examples:
         >>> import neox_bridge
@@ -393,9 +398,10 @@ def verify(
 
     Raises:
         UsageError: ``optimizer`` is set for a Hugging Face model.
+        Refused: One side is a GPT-NeoX checkpoint, and the other one is of no known family.
         BridgeError: A checkpoint is missing or damaged.
     """
-    comparison = comparison_of(_opened(source), _opened(target), optimizer=optimizer)
+    comparison = comparison_of(_opened_any(source), _opened_any(target), optimizer=optimizer)
     with _counting(progress, "verifying", comparison.target.size) as count:
         return verify_comparison(comparison, count, workers=workers)
 
@@ -409,6 +415,9 @@ def diff(
     progress: Listener | None = None,
 ) -> "Diff":
     """Compare two checkpoints tensor by tensor, in any formats and layouts.
+
+    Two Hugging Face repositories, of which at least one is of no known family, are compared by
+    name, shape, dtype and bits.
 
     Examples:
         >>> import neox_bridge
@@ -428,15 +437,12 @@ def diff(
         largest relative difference first.
 
     Raises:
+        Refused: One side is a GPT-NeoX checkpoint, and the other one is of no known family.
         BridgeError: A checkpoint is missing or damaged.
     """
-    from neox_bridge.verification.diff import Diff
-    from neox_bridge.verification.diff import diff as compare
-
-    a, b = _opened(first), _opened(second)
+    a, b = diff_sides(_opened_any(first), _opened_any(second))
     with _counting(progress, "comparing", a.size + b.size) as count:
-        tensors = compare(a, b, pattern=pattern, workers=workers, progress=count)
-    return Diff(a.source or a.path, b.source or b.path, tuple(tensors))
+        return diff_tensors(a, b, count, pattern=pattern, workers=workers)
 
 
 def diagnose(checkpoint: str | Checkpoint, target: str | None = None) -> "Examination":
@@ -546,3 +552,7 @@ def _opened(checkpoint: str | Checkpoint, gqa_order: GqaOrder | None = None) -> 
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
     return open_checkpoint(checkpoint, gqa_order=gqa_order)
+
+
+def _opened_any(checkpoint: str | Checkpoint) -> Checkpoint | StoredModel:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_any(checkpoint)

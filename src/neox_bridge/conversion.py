@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.open_stored import read_alike
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.progress import Count
@@ -17,6 +19,7 @@ from neox_bridge.tensors.fused import GqaOrder
 if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
     from neox_bridge.optimizer.options import Resharding
+    from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.verify import Verification
 
 Check = Callable[[str], None]  # raises Unverified if a finished folder differs from the source
@@ -206,15 +209,23 @@ def plan_resharding(
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The two sides that ``verify`` compares, and findings about them."""
+    """The two sides that ``verify`` compares, and findings about them.
 
-    source: Checkpoint
-    target: Checkpoint
+    Both sides are of known families, or both are read as they are stored.
+    """
+
+    source: Checkpoint | StoredModel
+    target: Checkpoint | StoredModel
     findings: tuple[Finding, ...]
 
 
-def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = False) -> Comparison:
-    """The source as it was converted, and the target. optimizer: whether to compare states too."""
+def comparison_of(
+    source: Checkpoint | StoredModel, target: Checkpoint | StoredModel, *, optimizer: bool = False
+) -> Comparison:
+    """The source as it was converted, and the target, both read in the same way.
+
+    optimizer: whether to compare states too. Raises Refused if they cannot be compared.
+    """
     from neox_bridge.optimizer.masters import (
         as_it_was_converted,
         with_states,
@@ -223,6 +234,9 @@ def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = F
     from neox_bridge.planning.option_checks import check_optimizer
 
     check_optimizer(optimizer, source, target)
+    source, target = read_alike(source, target)
+    if isinstance(source, StoredModel) or isinstance(target, StoredModel):
+        return Comparison(source, target, ())
     source, findings = as_it_was_converted(source, target)
     if optimizer:
         with_source, with_target = with_states(source), with_states(target)
@@ -235,7 +249,52 @@ def verify_comparison(
     comparison: Comparison, progress: Count | None = None, *, workers: int | None = None
 ) -> "Verification":
     """Compare every tensor and the config of both sides."""
+    source, target = comparison.source, comparison.target
+    if isinstance(source, StoredModel) and isinstance(target, StoredModel):
+        from neox_bridge.verification.stored import verify_stored
+
+        return verify_stored(source, target, workers=workers, progress=progress)
     from neox_bridge.verification.verify import verify
 
-    result = verify(comparison.source, comparison.target, workers=workers, progress=progress)
+    assert isinstance(source, Checkpoint)
+    assert isinstance(target, Checkpoint)
+    result = verify(source, target, workers=workers, progress=progress)
     return replace(result, findings=(*comparison.findings, *result.findings))
+
+
+def diff_sides(
+    first: Checkpoint | StoredModel, second: Checkpoint | StoredModel, *, optimizer: bool = False
+) -> tuple[Checkpoint | StoredModel, Checkpoint | StoredModel]:
+    """Both sides of ``diff``, read in the same way.
+
+    optimizer: add the optimizer states. Raises Refused if they cannot be compared.
+    """
+    first, second = read_alike(first, second)
+    if not optimizer or isinstance(first, StoredModel) or isinstance(second, StoredModel):
+        return first, second
+    from neox_bridge.optimizer.masters import with_states
+
+    return with_states(first), with_states(second)
+
+
+def diff_tensors(
+    first: Checkpoint | StoredModel,
+    second: Checkpoint | StoredModel,
+    progress: Count | None = None,
+    *,
+    pattern: str = "*",
+    workers: int | None = None,
+) -> "Diff":
+    """Compare what ``diff_sides`` returned. pattern: a glob of names."""
+    from neox_bridge.verification.diff import Diff, diff
+
+    names = first.source or first.path, second.source or second.path
+    if isinstance(first, StoredModel) and isinstance(second, StoredModel):
+        from neox_bridge.verification.stored import diff_stored
+
+        tensors = diff_stored(first, second, pattern=pattern, workers=workers, progress=progress)
+        return Diff(*names, tuple(tensors), "names")
+    assert isinstance(first, Checkpoint)
+    assert isinstance(second, Checkpoint)
+    tensors = diff(first, second, pattern=pattern, workers=workers, progress=progress)
+    return Diff(*names, tuple(tensors))

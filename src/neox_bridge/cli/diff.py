@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from neox_bridge.cli.command import Argument, command, only
+from neox_bridge.cli.inspect_stored import BY_NAMES
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
@@ -18,6 +19,8 @@ from neox_bridge.wording import plural
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.verification.compare import Difference
 
 
@@ -47,7 +50,7 @@ class DiffOptions:
 
 @command(
     "diff",
-    Argument("first", "A", "A checkpoint in any format."),
+    Argument("first", "A", "A checkpoint in any format, or any Hugging Face repository."),
     Argument("second", "B", "Another checkpoint."),
     DiffOptions,
     only(Source, "configs", "gqa_order"),
@@ -56,19 +59,19 @@ class DiffOptions:
 def diff(first: str, second: str, options: DiffOptions, reading: Source, output: Output) -> None:
     """Compare two checkpoints tensor by tensor, in any formats and layouts.
 
-    The largest relative difference comes first. Tensor names are those of Hugging Face.
+    The largest relative difference comes first. Tensor names are those of Hugging Face. Hugging
+    Face repositories of any family are compared by name, shape, dtype and bits.
 
     \b
     Examples:
       neox-bridge diff run/global_step1000 run/global_step2000 --tensor '*layernorm*'
       neox-bridge diff pythia-410m pythia-neox --stat --plot differences.svg
 
-    Exit codes: 0 equal, 3 different, 1 error.
+    Exit codes: 0 equal, 3 different, 1 error, 4 not comparable.
     """
-    from neox_bridge.layouts.open import check_configs_used, open_with
+    from neox_bridge.conversion import diff_sides, diff_tensors
+    from neox_bridge.layouts.open import check_configs_used
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
-    from neox_bridge.verification.diff import Diff
-    from neox_bridge.verification.diff import diff as compare
 
     if options.stat and options.every:
         reason = "--stat prints no tensors, and --all prints every tensor"
@@ -77,20 +80,14 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
         from neox_bridge.verification.drawing import check_plot
 
         check_plot(options.plot)
-    a, b = (
-        open_with(path, reading.configs, gqa_order=reading.gqa_order) for path in (first, second)
-    )
+    a, b = (reading.open_any(path) for path in (first, second))
     check_configs_used(reading.configs, a, b)
     check_gqa_order(reading.gqa_order, a, b)
     check_optimizer(options.optimizer, a, b)
-    if options.optimizer:
-        from neox_bridge.optimizer.masters import with_states
-
-        a, b = with_states(a), with_states(b)
+    a, b = diff_sides(a, b, optimizer=options.optimizer)
     with progress_bar(a.size + b.size, "comparing", output.quiet) as progress:
-        differences = compare(
-            a, b, pattern=options.tensor, workers=options.max_workers, progress=progress
-        )
+        result = diff_tensors(a, b, progress, pattern=options.tensor, workers=options.max_workers)
+    differences = result.tensors
     if options.plot:
         from neox_bridge.verification.differences_figure import differences_figure
         from neox_bridge.verification.drawing import save
@@ -98,18 +95,30 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
         save(differences_figure(differences), options.plot)
     apart = [difference for difference in differences if difference.kind != "equal"]
     if output.as_json:
-        print_json(Diff(first, second, tuple(differences)).to_json())
+        print_json(replace(result, first=first, second=second).to_json())
     elif not output.quiet:
-        from neox_bridge.layouts.unknown_keys import undecided
-
-        # diff compares only tensors, so these findings do not change the verdict
-        tell_findings((replace(f, severity="warning") for f in undecided(a, b)), output.quiet)
+        _tell_reading(a, b, output)
         for line in () if options.stat else _lines(apart, every=options.every):
             print_line(line)
         equal = len(differences) - len(apart)
         print_line(f"{plural(len(differences), 'tensor')}: {equal} equal, {len(apart)} different")
     if apart:
         raise click.exceptions.Exit(3)
+
+
+def _tell_reading(
+    first: Checkpoint | StoredModel, second: Checkpoint | StoredModel, output: Output
+) -> None:
+    """Print what is worth knowing about how both sides were read."""
+    from neox_bridge.layouts.stored_model import StoredModel
+    from neox_bridge.layouts.unknown_keys import undecided
+
+    if isinstance(first, StoredModel) or isinstance(second, StoredModel):
+        print_line(BY_NAMES)
+        return
+    # diff compares only tensors, so these findings do not change the verdict
+    findings = (replace(f, severity="warning") for f in undecided(first, second))
+    tell_findings(findings, output.quiet)
 
 
 def _lines(differences: Sequence[Difference], *, every: bool) -> Iterator[str]:
@@ -133,7 +142,7 @@ def _line(group: Sequence[Difference]) -> str:
         line = f"{plural(len(group), 'tensor')}: {first.detail}"
     if first.kind == "dtype":
         return f"{line}, equal after casting the first"
-    if first.kind == "values" and first.detail:
+    if first.kind == "values" and first.detail and first.differing:
         of = f", {first.name}" if len(group) > 1 else ""
         return f"{line}, values differ by {first.relative:.2g} at most (relative{of})"
     return line

@@ -11,6 +11,8 @@ from neox_bridge.wording import KINDS, human, plain, plural
 if TYPE_CHECKING:
     from neox_bridge.layouts.stored_model import StoredModel
 
+_BY_NAMES = "names, shapes and dtypes as stored, not by a family"
+BY_NAMES = f"read by {_BY_NAMES}"  # the line of commands that compare
 _MOST_PATTERNS = 60  # lines of names
 # settings of config.json that say most about a model; families have other names for some
 _SETTINGS = (
@@ -113,7 +115,7 @@ def stored_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("path", facts["path"]),
         ("kind", kind),
         ("family", facts["family"] or "unknown"),
-        ("read by", "names, shapes and dtypes as stored, not by a family"),
+        ("read by", _BY_NAMES),
     ]
     settings = [f"{key} {value}" for key, value in facts["settings"].items()]
     lines += [("config", ", ".join(settings))] if settings else []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from neox_bridge.cli.command import Argument, command, given, only
+from neox_bridge.cli.inspect_stored import BY_NAMES
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
@@ -19,6 +20,9 @@ from neox_bridge.option import inherited, option
 from neox_bridge.wording import human, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from neox_bridge.conversion import Comparison
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.verification.logits import Agreement
     from neox_bridge.verification.tokens import TokenInput
@@ -51,7 +55,7 @@ class VerifyOptions:
 
 @command(
     "verify",
-    Argument("source", "SRC", "The checkpoint that DST was converted from."),
+    Argument("source", "SRC", "The checkpoint that DST was converted or copied from."),
     Argument(
         "target",
         "[DST]",
@@ -70,7 +74,8 @@ def verify(
 
     Changes that the conversion declares do not count as differences: a cast, padding, rows cut to
     the tokenizer, norms that are written twice, biases that are split over ranks. `convert` runs
-    this check by default.
+    this check by default. Hugging Face repositories of any family are compared by name, shape,
+    dtype and bits, and by the keys of config.json.
 
     \b
     Examples:
@@ -78,10 +83,11 @@ def verify(
       neox-bridge verify pythia-410m pythia-neox --logits --tokens 'The quick brown fox'
       neox-bridge verify pythia-neox
 
-    Exit codes: 0 equal, 3 different or not comparable, 1 error.
+    Exit codes: 0 equal, 3 different or not comparable, 1 error, 4 refused.
     """
     from neox_bridge.conversion import comparison_of, verify_comparison
-    from neox_bridge.layouts.open import check_configs_used, open_with
+    from neox_bridge.layouts.open import check_configs_used
+    from neox_bridge.layouts.open_stored import open_any
     from neox_bridge.planning.option_checks import check_gqa_order
     from neox_bridge.verification.verify import describe
 
@@ -97,20 +103,15 @@ def verify(
     device = options.device or "cpu"
     if options.logits:
         _require_torch(device)
-    first = open_with(source, reading.configs, gqa_order=reading.gqa_order)
-    second = open_with(target, reading.configs)
+    first = reading.open_any(source)
+    second = open_any(target, configs=reading.configs)
     check_configs_used(reading.configs, first, second)
     check_gqa_order(reading.gqa_order, first)
     comparison = comparison_of(first, second, optimizer=options.optimizer)
-    first, second = comparison.source, comparison.target
-    inputs = None
-    if options.logits:
-        from neox_bridge.verification.tokens import read_tokens
-
-        inputs = read_tokens(options.tokens, (first, second))
-    with progress_bar(second.size, "verifying", output.quiet) as progress:
+    compute = _computation(comparison, options.tokens, device) if options.logits else None
+    with progress_bar(comparison.target.size, "verifying", output.quiet) as progress:
         result = verify_comparison(comparison, progress, workers=options.max_workers)
-    agreements = _computed(first, second, inputs, device) if inputs else {}
+    agreements = compute() if compute else {}
     holds = result.holds and all(agreement.agrees for agreement in agreements.values())
     if output.as_json:
         more = {
@@ -120,6 +121,8 @@ def verify(
         print_json({**result.to_json(), "holds": holds, **more})
     elif not output.quiet:
         tell_findings(result.findings, output.quiet)
+        if result.read_by == "names":
+            print_line(BY_NAMES)
         for difference in result.differences:
             print_line(describe(difference))
         what = f"{plural(result.tensors, 'tensor')}, {human(result.size)}"
@@ -180,6 +183,20 @@ def _require_torch(device: str) -> None:
         raise BridgeError(
             "--device cuda: torch finds no CUDA device. Leave the option out to use the CPU."
         )
+
+
+def _computation(
+    comparison: Comparison, tokens: str | None, device: str
+) -> Callable[[], dict[str, Agreement]]:
+    """What computes and compares the logits, after the input was read."""
+    from neox_bridge.layouts.stored_model import StoredModel
+    from neox_bridge.verification.tokens import read_tokens
+
+    first, second = comparison.source, comparison.target
+    if isinstance(first, StoredModel) or isinstance(second, StoredModel):
+        raise UsageError(["logits"], "only for checkpoints of known families", "Leave it out.")
+    inputs = read_tokens(tokens, (first, second))
+    return lambda: _computed(first, second, inputs, device)
 
 
 def _computed(

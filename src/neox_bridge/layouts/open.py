@@ -11,6 +11,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.near_names import check_not_local, not_local_either, suggestions
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.folder import is_hub
@@ -118,7 +119,7 @@ def open_with(source: str, configs: Sequence[str], **options: Any) -> Checkpoint
         return open_checkpoint(source, configs=configs, **options)
 
 
-def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None:
+def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint | StoredModel) -> None:
     """Raise UsageError if the user names yml files but every checkpoint has a yml."""
     states = [one.neox for one in checkpoints if one.neox is not None]
     if configs and not any(state.configs_given for state in states):

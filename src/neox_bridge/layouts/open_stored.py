@@ -1,5 +1,6 @@
 """Opens a repository of weights for commands that need no family."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -71,6 +72,42 @@ def open_as_stored(source: str, *, revision: str | None = None) -> StoredModel:
         detect(place.path)  # explains what else the folder is
         raise BridgeError(f"{place.path} contains no weights. Download them too.")
     return _with_place(model, source, place)
+
+
+def read_alike(
+    first: Checkpoint | StoredModel, second: Checkpoint | StoredModel
+) -> tuple[Checkpoint | StoredModel, Checkpoint | StoredModel]:
+    """Both as they are stored, unless both are of known families.
+
+    Raises Refused for a GPT-NeoX checkpoint and a Hugging Face model of no known family.
+    """
+    for one, other in ((first, second), (second, first)):
+        if isinstance(one, StoredModel) and other.kind != one.kind:
+            hf, neox = (one, other) if one.kind == "hf" else (other, one)
+            way_out = "Compare each of them with a checkpoint of its own kind."
+            if isinstance(neox, Checkpoint) and not neox.architecture.neox_only:
+                copy = shlex.quote(f"{neox.path}-hf")
+                way_out = (
+                    "To compare names, shapes and bits, convert the GPT-NeoX checkpoint first: "
+                    f"neox-bridge convert {shlex.quote(neox.path)} {copy}, then neox-bridge diff "
+                    f"{shlex.quote(hf.path)} {copy}"
+                )
+            raise Refused(
+                f"{neox.path} is a GPT-NeoX checkpoint, and {hf.path} a Hugging Face repository. "
+                "Only the rules of a family tell which of their tensors belong together, and they "
+                f"cannot be used here. {one.reason} {way_out}"
+            )
+    if isinstance(first, Checkpoint) and isinstance(second, Checkpoint):
+        return first, second
+    return _as_stored(first), _as_stored(second)
+
+
+def _as_stored(model: Checkpoint | StoredModel) -> StoredModel:
+    if isinstance(model, StoredModel):
+        return model
+    stored = open_stored(model.path, "", model.revision)
+    assert stored is not None  # its weights are known
+    return replace(stored, source=model.source, hub_repo=model.hub_repo)
 
 
 def _with_place(model: StoredModel, source: str, place: Place) -> StoredModel:

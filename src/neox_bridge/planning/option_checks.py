@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from neox_bridge.errors import UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.head import check_head
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.option import options_of
 from neox_bridge.planning.options import SIDES, Options, check_minimum
 from neox_bridge.stores.folder import is_hub
@@ -89,11 +90,12 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
         raise UsageError(["inv_freq"], "this model has no rotary embeddings", "Leave it out.")
 
 
-def check_gqa_order(order: str | None, *checkpoints: Checkpoint) -> None:
+def check_gqa_order(order: str | None, *checkpoints: Checkpoint | StoredModel) -> None:
     """Raise UsageError if an order is given and none of the checkpoints can have one."""
-    if order is None or any(c.neox is not None and c.config.grouped_query for c in checkpoints):
+    families = [one for one in checkpoints if isinstance(one, Checkpoint)]
+    if order is None or any(c.neox is not None and c.config.grouped_query for c in families):
         return
-    if not any(c.config.grouped_query for c in checkpoints):
+    if families and not any(c.config.grouped_query for c in families):
         raise _no_grouped_query()
     raise UsageError(
         ["gqa_order"],
@@ -102,7 +104,7 @@ def check_gqa_order(order: str | None, *checkpoints: Checkpoint) -> None:
     )
 
 
-def check_optimizer(wanted: bool, *checkpoints: Checkpoint) -> None:
+def check_optimizer(wanted: bool, *checkpoints: Checkpoint | StoredModel) -> None:
     """Raise UsageError if optimizer states are requested from a Hugging Face model."""
     for checkpoint in checkpoints if wanted else ():
         if checkpoint.neox is None:

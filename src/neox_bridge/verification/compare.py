@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 DifferenceKind = Literal[
-    "equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"
+    "equal", "values", "bytes", "shape", "dtype", "only-first", "only-second", "replicas"
 ]
 BLOCK_BYTES = 4 << 20  # bytes of each side at a time
 # lossless casts; others may overflow
@@ -44,7 +44,8 @@ class Difference:
     """The result of comparing one tensor of two checkpoints.
 
     Attributes:
-        differing: The number of elements whose bits differ.
+        kind: How it differs. "bytes": it cannot be decoded, and its bytes differ.
+        differing: The number of elements whose bits differ; of "bytes", the number of bytes.
         largest: The largest absolute difference.
         mean: The mean absolute difference.
         relative: ``largest`` divided by the largest absolute value of the first.

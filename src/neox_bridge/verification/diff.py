@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from neox_bridge.architectures.rows import Row
 from neox_bridge.documents import document
@@ -13,7 +13,7 @@ from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.tensors.geometry import with_rows
-from neox_bridge.tensors.pieces import Whole
+from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.verification.compare import (
     Difference,
     DifferenceKind,
@@ -33,11 +33,14 @@ class Diff:
         second: The second one.
         tensors: Every tensor of either side, including equal ones, largest relative difference
             first.
+        read_by: Whether the tensors were read with the knowledge of a family, or by their names
+            alone, as they are stored.
     """
 
     first: str
     second: str
     tensors: tuple[Difference, ...]
+    read_by: Literal["family", "names"] = "family"
 
     @property
     def equal(self) -> bool:
@@ -47,7 +50,11 @@ class Diff:
     def to_json(self) -> dict[str, Any]:
         """The document that ``diff --json`` prints."""
         return document(
-            first=self.first, second=self.second, equal=self.equal, tensors=self.tensors
+            first=self.first,
+            second=self.second,
+            read_by=self.read_by,
+            equal=self.equal,
+            tensors=self.tensors,
         )
 
 
@@ -78,12 +85,19 @@ def diff(
         context.wrote(sum(whole.nbytes for whole in (a, b) if whole), "copied")
         return difference
 
-    return sorted(each(matching(pattern, names), one, context, workers), key=_weight)
+    return sorted(each(matching(pattern, names), one, context, workers), key=weight_of)
 
 
-def _weight(difference: Difference) -> tuple[int, float, str]:
-    order = ("only-first", "only-second", "shape", "values", "dtype", "replicas", "equal")
+def weight_of(difference: Difference) -> tuple[int, float, str]:
+    """The key by which differences are sorted, largest first."""
+    order = ("only-first", "only-second", "shape", "values", "bytes", "dtype", "replicas", "equal")
     return order.index(difference.kind), -difference.relative, difference.name
+
+
+def one_sided(name: str, shape: Shape, *, is_first: bool) -> Difference:
+    """The difference for a tensor that only one side has."""
+    kind: DifferenceKind = "only-first" if is_first else "only-second"
+    return Difference(name, kind, prod(shape), detail=f"{kind}, {list(shape)}")
 
 
 def _one(
@@ -92,8 +106,7 @@ def _one(
     if a is None or b is None:
         there = a or b
         assert there is not None
-        kind: DifferenceKind = "only-first" if b is None else "only-second"
-        return Difference(name, kind, prod(there.shape), detail=f"{kind}, {list(there.shape)}")
+        return one_sided(name, there.shape, is_first=b is None)
     rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
     padded = row is not None and row.weight.split == "vocab" and a.shape[0] != b.shape[0]
     if padded and all(zero_beyond(whole, rows, context) for whole in (a, b)):

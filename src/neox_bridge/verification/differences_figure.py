@@ -10,7 +10,7 @@ from neox_bridge.verification.drawing import GREY, RED, figure_of, legend, place
 _COLOUR_MAP = "viridis"
 _EQUAL = "#e8e8e8"
 _WITH_NUMBERS = 12  # up to this many blocks, numbers fit into the cells
-_ABSENT = ("only-first", "only-second", "shape")
+_ABSENT = ("only-first", "only-second", "shape", "bytes")
 
 Rows = Mapping[str, Mapping[int, Difference]]
 
@@ -67,6 +67,12 @@ def differences_figure(differences: Sequence[Difference]) -> Any:
     return figure
 
 
+def _is_absent(difference: Difference) -> bool:
+    """Whether no value of the tensor could be compared."""
+    compared = difference.kind != "values" or difference.differing > 0
+    return difference.kind in _ABSENT or not compared
+
+
 def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
     """Cells as rectangles, which stay sharp at any size."""
     import matplotlib
@@ -75,7 +81,7 @@ def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
     colours = matplotlib.colormaps[_COLOUR_MAP]
     for y, cells in enumerate(rows.values()):
         for x, difference in cells.items():
-            absent, level = difference.kind in _ABSENT, difference.relative
+            absent, level = _is_absent(difference), difference.relative
             colour: Any = colours(norm(level)) if 0 < level < math.inf else _EQUAL
             colour = RED if not math.isfinite(level) else "white" if absent else colour
             cell = Rectangle(

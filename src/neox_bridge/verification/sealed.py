@@ -78,7 +78,7 @@ def find_record(path: str, step: int | None = None) -> str:
     raise BridgeError(
         f"{path} has no {RECORD}, which records what was written: it was not written by "
         "neox-bridge, or the file was deleted. Compare it with the checkpoint that it was "
-        "converted from: verify SRC DST."
+        "converted or copied from: verify SRC DST."
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.architectures.rows import Row
@@ -50,6 +50,8 @@ class Verification:
         findings: Findings about the settings.
         casts: The dtypes that the source's tensors were cast to.
         overflows: Finite values that became infinite in a cast, by tensor.
+        read_by: Whether the tensors were read with the knowledge of a family, or by their names
+            alone, as they are stored.
     """
 
     source: str
@@ -60,6 +62,7 @@ class Verification:
     findings: tuple[Finding, ...]
     casts: tuple[Cast, ...] = ()
     overflows: Mapping[str, int] = field(default_factory=dict)
+    read_by: Literal["family", "names"] = "family"
 
     @property
     def verdict(self) -> str:
