@@ -32,6 +32,7 @@ from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.hub.preview import PublishPreview
 from neox_bridge.hub.publish import Published
 from neox_bridge.layouts.carried_names import LeftFile
+from neox_bridge.layouts.stored_model import Pattern
 from neox_bridge.patch.places import Change
 from neox_bridge.planning.casts import Cast
 from neox_bridge.tensors.fused import GqaOrder
@@ -362,6 +363,7 @@ class _Inspection(Head):
     kind: Kind
     path: str
     revision: str | None
+    read_by: Literal["family"]
     family: str
     format: str | None
     neox: NeoxFacts | None
@@ -415,30 +417,80 @@ class Inspection(_Inspection, total=False):
     optimizer: dict[str, Any]
 
 
-class QuantizedTensor(TypedDict):
-    """A tensor of a quantized model."""
+class StoredShard(TypedDict):
+    """Where a tensor is stored. bytes: of all its elements."""
+
+    file: str
+    offset: int
+    bytes: int
+    shape: list[int]
+
+
+class StoredListedTensor(TypedDict):
+    """A tensor as it is stored.
+
+    Attributes:
+        dtype: The name in torch, or the name in the file if it cannot be decoded.
+        decoded: Whether its values can be read.
+    """
 
     name: str
     dtype: str
     shape: list[int]
+    decoded: bool
+    shards: list[StoredShard]
 
 
-class _Quantized(Head):
+class StoredComponent(TypedDict):
+    """One set of weight files.
+
+    Attributes:
+        name: What its tensors are called after: "" for the main weights.
+        tensors: How many it has.
+        model: The class of the model, if its config names it.
+    """
+
+    name: str
+    folder: str
+    files: list[str]
+    index: str | None
+    tensors: int
+    bytes: int
+    model: str | None
+
+
+class _Stored(Head):
     kind: Kind
     path: str
+    revision: str | None
+    read_by: Literal["names"]
     family: str | None
+    settings: dict[str, Any]
+    parameters: int
     dtypes: dict[str, int]
+    tensor_count: int
+    components: list[StoredComponent]
+    patterns: list[Pattern]
     files: list[str]
     bytes: int
+    tokenizer: list[str]
     findings: list[ShownFinding]
     refusals: list[Refusal]
-    quantization: Quantization
+    quantization: Quantization | None
 
 
-class QuantizedInspection(_Quantized, total=False):
-    """What `inspect` says of a quantized model, which no other command takes."""
+class StoredInspection(_Stored, total=False):
+    """What `inspect` says of a model of no known family, or of a quantized one.
 
-    tensors: list[QuantizedTensor]
+    Attributes:
+        family: ``model_type`` of its config.json.
+        settings: Some keys of its config.json.
+        tensors: With --tensors.
+        stats: With --stats.
+    """
+
+    tensors: list[StoredListedTensor]
+    stats: list[Statistics]
 
 
 class ScannedFile(TypedDict):
@@ -803,7 +855,7 @@ DOCUMENTS: dict[str, tuple[str, type]] = {
     "batch": ("`batch`: what became of each checkpoint", Batch),
     "batch-plan": ("`batch --dry-run`", BatchPlan),
     "inspect": ("`inspect`", Inspection),
-    "inspect-quantized": ("`inspect` of a quantized model", QuantizedInspection),
+    "inspect-stored": ("`inspect` of a model of any other family", StoredInspection),
     "inspect-security": ("`inspect --security`", Security),
     "verify": ("`verify SRC DST`", Verification),
     "verify-record": ("`verify PATH`", Seal),

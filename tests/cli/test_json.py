@@ -41,7 +41,7 @@ CASES: tuple[tuple[str, str, int], ...] = (
     ("batch-plan", "batch steps missing out --dry-run --json", 1),
     ("inspect", "inspect hf --tensors --stats --json", 0),
     ("inspect", "inspect run --optimizer --stats --json", 0),
-    ("inspect-quantized", "inspect quantized --tensors --json", 0),
+    ("inspect-stored", "inspect quantized --tensors --json", 0),
     ("inspect-security", "inspect hostile.bin --security --json", 1),
     ("verify", "verify hf neox --json", 0),
     ("verify", "verify hf other --json", 3),

@@ -1030,7 +1030,7 @@ def test_headers(header: Any, data: int, match: str | None, tmp_path: Path) -> N
 
 
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
-    path = safetensors(tmp_path / "x.safetensors", {"a": entry(0, 1, dtype="F4")}, 1)
+    path = safetensors(tmp_path / "x.safetensors", {"a": entry(0, 1, [2], "F4")}, 1)
     with pytest.raises(Refused, match="quantized"):
         read_safetensors(path)
 

@@ -121,12 +121,12 @@ def _entry(path: str, name: str, entry: object, start: int) -> Entry:
         raise _bad(
             path, f"its entry for {name} does not consist of dtype, shape and data_offsets"
         ) from None
-    # also if one size is 0, because other programs multiply the others
-    if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) >= _MAX_BYTES:
-        raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
     bits = PACKED_SAFETENSORS[dtype].bits if dtype in PACKED_SAFETENSORS else None
     if dtype in BY_SAFETENSORS:
         bits = 8 * BY_SAFETENSORS[dtype].itemsize
+    # also if one size is 0, because other programs multiply the others
+    if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) * (bits or 8) >= 8 * _MAX_BYTES:
+        raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
     if high < low or (bits is not None and 8 * (high - low) != prod(shape) * bits):
         raise _bad(path, f"{name} has {high - low} bytes, which does not match its shape {shape}")
     return Entry(dtype, tuple(shape), start + low, high - low)

@@ -26,6 +26,7 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "kind": checkpoint.kind,
         "path": checkpoint.path,
         "revision": checkpoint.revision or None,
+        "read_by": "family",
         "family": checkpoint.architecture.name,
         "format": checkpoint.form.name if checkpoint.form else None,
         "neox": None if state is None else _neox_facts(checkpoint, state),
