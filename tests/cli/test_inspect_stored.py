@@ -14,6 +14,7 @@ from commands import run
 from hub_stub import Stub, serving, use
 from safetensors.torch import load_file, save_file
 
+from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.open_stored import open_any, open_as_stored
 from neox_bridge.layouts.stored_model import StoredModel
 
@@ -417,3 +418,9 @@ def test_a_model_of_the_hub_is_read_there_by_ranges(
     before = len(hub.served)
     assert run("inspect", "org/qwen").exit_code == 0  # from the cache
     assert sum(answer.size for answer in hub.served[before:]) < 10_000
+
+
+def test_a_folder_without_weights_cannot_be_opened_as_stored(qwen3: Path) -> None:
+    (qwen3 / "model.safetensors").unlink()
+    with pytest.raises(BridgeError, match="contains no weights"):
+        open_as_stored(str(qwen3))

@@ -289,7 +289,9 @@ def test_floats_of_less_than_a_byte_are_quantized(hf: Path, tmp_path: Path) -> N
     raw = (source / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    header["gpt_neox.embed_in.weight"]["dtype"] = "F4"
+    embeddings = header["gpt_neox.embed_in.weight"]
+    embeddings["dtype"] = "F4"
+    embeddings["shape"][1] *= 8  # as many bytes
     text = json.dumps(header).encode()
     (source / "model.safetensors").write_bytes(
         len(text).to_bytes(8, "little") + text + raw[8 + size :]
