@@ -277,7 +277,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Sets what the Hub says of a model: an exception, or the place of its files."""
 
     def answer(value: Any) -> None:
-        def ask(*_: object) -> HubSource:
+        def ask(*_: object, by_ranges: bool = False) -> HubSource:
             if isinstance(value, Exception):
                 raise value
             return HubSource(str(value), "org/name@main")

@@ -43,11 +43,20 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(app, list(map(str, words)))
 
 
-def said(path: Path, out: Path, code: int = 1) -> str:
-    """The message of convert, which inspect and doctor give as well; nothing is written."""
+def said(path: Path, out: Path, code: int = 1, *, stored: bool = False) -> str:
+    """The message of convert, which inspect and doctor give as well; nothing is written.
+
+    stored: inspect succeeds, shows the weights as they are stored, and gives the message there.
+    """
     messages = set()
     for command in (("convert", path, out), ("inspect", path), ("doctor", path)):
         done = run(*command)
+        if stored and command[0] == "inspect":
+            assert done.exit_code == 0, done.output
+            (line,) = (line for line in done.stdout.splitlines() if line.startswith("refused"))
+            messages.add(f"error: {line.partition('every conversion: ')[2]}")
+            assert not done.stderr
+            continue
         assert done.exit_code == code, done.output
         assert "Traceback" not in done.output
         assert "this is a bug" not in done.output
@@ -294,7 +303,7 @@ def test_other_tools_are_named(make: Any, kind: str, parts: list[str], tmp_path:
     with pytest.raises(ForeignFolder) as caught:
         open_checkpoint(str(folder))
     assert caught.value.kind == kind
-    message = said(folder, tmp_path / "out")
+    message = said(folder, tmp_path / "out", stored=kind == "adapter")
     for part in (str(folder), *parts):
         assert part in message
     assert "right folder" not in message
@@ -356,7 +365,9 @@ def test_torchs_own_converter_makes_a_folder_that_is_read(hf: Path, tmp_path: Pa
 
 
 def test_adapters_that_cannot_be_merged(tmp_path: Path) -> None:
-    message = said(adapter(tmp_path / "a", peft_type="PROMPT_TUNING"), tmp_path / "out")
+    message = said(
+        adapter(tmp_path / "a", peft_type="PROMPT_TUNING"), tmp_path / "out", stored=True
+    )
     assert "PROMPT_TUNING adapter" in message
     assert "merge_and_unload" not in message
 
@@ -375,7 +386,7 @@ def test_adapter_weights_among_the_models_own(copy: Path, tmp_path: Path) -> Non
     tensors = load_file(copy / "model.safetensors")
     tensors["gpt_neox.layers.0.attention.dense.lora_A.default.weight"] = torch.ones(4, 48)
     save_file(tensors, copy / "model.safetensors")
-    assert "merge_and_unload" in said(copy, tmp_path / "out")
+    assert "merge_and_unload" in said(copy, tmp_path / "out", stored=True)
 
 
 def test_a_file_in_the_place_of_a_folder(hf: Path, tmp_path: Path) -> None:
@@ -432,7 +443,7 @@ def test_base_models_without_a_head(family: str, tmp_path: Path) -> None:
     full = make_hf(tmp_path / "full", family=family)
     model = AutoModel.from_config(AutoConfig.from_pretrained(full))
     model.save_pretrained(tmp_path / "base")
-    message = said(tmp_path / "base", tmp_path / "out")
+    message = said(tmp_path / "base", tmp_path / "out", stored=True)
     assert f"{type(model).__name__}, the base model without an output head" in message
     assert "Download" not in message
     config = tmp_path / "base" / "config.json"
@@ -445,7 +456,7 @@ def test_an_untied_model_without_its_head(copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["embed_out.weight"]
     save_file(tensors, copy / "model.safetensors")
-    message = said(copy, tmp_path / "out")
+    message = said(copy, tmp_path / "out", stored=True)
     assert "config.json says tie_word_embeddings: false" in message
     assert "embed_out.weight" in message
 
@@ -454,7 +465,7 @@ def test_heads_of_other_tasks(copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["classifier.weight"] = tensors.pop("embed_out.weight")
     save_file(tensors, copy / "model.safetensors")
-    assert "head for another task" in said(copy, tmp_path / "out")
+    assert "head for another task" in said(copy, tmp_path / "out", stored=True)
 
 
 # wrapped names

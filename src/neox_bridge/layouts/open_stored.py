@@ -16,6 +16,10 @@ from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.stores.paths import isdir
 from neox_bridge.tensors.fused import GqaOrder
 
+# files of the root of a repository whose models are in folders, of diffusers and of
+# sentence-transformers
+_COMPONENTS = frozenset({"model_index.json", "modules.json"})
+
 
 def open_any(
     source: str,
@@ -53,7 +57,7 @@ def open_any(
     except (Refused, ForeignFolder, NotOfFamily) as error:
         if isinstance(error, QuantizedModel) and error.model and error.model.kind == "neox":
             return _with_place(of_quantized(error.model, str(error)), source, place)
-        if not _is_stored(place.path):
+        if not _is_stored(place.path, error):
             raise
         model = open_stored(place.path, str(error), place.revision)
         if model is None:
@@ -115,9 +119,15 @@ def _with_place(model: StoredModel, source: str, place: Place) -> StoredModel:
     return replace(model, source=source, hub_repo=place.repo, findings=findings)
 
 
-def _is_stored(path: str) -> bool:
+def _is_stored(path: str, error: BridgeError) -> bool:
     """Whether a folder that is no model of a family may be a repository of weights."""
     if not isdir(path):
         return False
     names = list_folder(path)
-    return not any(is_step_file(name) or STEP.fullmatch(name) for name in names)
+    if any(is_step_file(name) or STEP.fullmatch(name) for name in names):
+        return False
+    if not isinstance(error, ForeignFolder) or error.kind == "adapter":
+        return True
+    if error.kind == "weights-only":
+        return any(name.endswith(".safetensors") for name in names)
+    return bool(_COMPONENTS & set(names))
