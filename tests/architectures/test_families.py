@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.architectures.llama_like import gated_setting, gated_width
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import BridgeError, NotOfFamily, Refused
 from neox_bridge.frameworks.eras import LATER_ERAS, era_named
 from neox_bridge.tensors.fused import Fusion
 from neox_bridge.verification.verify import verify
@@ -336,6 +336,12 @@ def test_refused(
     with pytest.raises(Refused, match=key) as caught:
         plan_of(hf, tmp_path / "out", **options)
     assert caught.value.exit_code == 4
+
+
+def test_stablelm_with_norms_of_q_and_k_is_refused_by_its_key(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="stablelm", qk_layernorm=True)
+    with pytest.raises(NotOfFamily, match="qk_layernorm: GPT-NeoX has one norm for q and k"):
+        open_checkpoint(str(hf))
 
 
 @pytest.mark.parametrize("key", ["use_parallel_residual", "qk_layernorm"])

@@ -33,7 +33,7 @@ from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.neox_yml import START, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_gqa_order, check_layout, check_optimizer
-from neox_bridge.planning.vocabulary import fit, keep, padded_size, told_multiple
+from neox_bridge.planning.vocabulary import fit, keep, padded_size, padding_multiple
 from neox_bridge.tensors.pieces import OutputTensor
 from neox_bridge.tensors.tensor_ref import TensorRef
 
@@ -495,9 +495,9 @@ def test_rows_of_a_known_tokenizer() -> None:
     assert fit(256, 250, 2, 128).padded == 256
     with pytest.raises(Refused, match="256 rows for 250 entries at TP 2, but the source has 257"):
         fit(257, 250, 2, 128)
-    assert told_multiple({}, {"make_vocab_size_divisible_by": 64}) == 64
-    assert told_multiple({"make_vocab_size_divisible_by": 32}, {"x": 1}) == 32
-    assert told_multiple({}) == 128
+    assert padding_multiple({}, {"make_vocab_size_divisible_by": 64}) == 64
+    assert padding_multiple({"make_vocab_size_divisible_by": 32}, {"x": 1}) == 32
+    assert padding_multiple({}) == 128
 
 
 def test_only_rows_of_the_vocabulary_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.optimizer.fresh import learning_rate, schedule_of
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.planning.default_settings import with_own_defaults
+from neox_bridge.planning.default_settings import with_default_settings
 from neox_bridge.planning.options import Options
 
 
@@ -173,7 +173,7 @@ def test_a_version_that_is_none_leaves_the_defaults_unknown() -> None:
     checkpoint = open_checkpoint(str(DATA / "fp32"))
     raw = {key: value for key, value in checkpoint.raw.items() if "dropout" not in key}
     run = replace(checkpoint, raw=raw, neox=replace(checkpoint.neox_state, mlp_names="dense"))
-    new, (finding,) = with_own_defaults(run, "a fork", era_named("today"))
+    new, (finding,) = with_default_settings(run, "a fork", era_named("today"))
     assert (finding.code, finding.severity) == ("defaults-unknown", "warning")
     assert new.raw["hidden_dropout"] == 0.0
 

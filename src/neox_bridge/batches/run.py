@@ -26,7 +26,7 @@ from neox_bridge.layouts.unknown_keys import ignorable
 from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
-from neox_bridge.stores.fetched import folder_beside, keeping
+from neox_bridge.stores.fetched import fetch_folder, keeping
 from neox_bridge.stores.hub_names import reader_folder
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_local
@@ -299,7 +299,7 @@ def verify_part(
     """
     checkpoint = source.open()
     check = source_check(checkpoint, is_fresh=optimizer == "fresh", workers=1, part=part)
-    with pending(pending_objects), keeping(folder_beside(folder), checkpoint.files):
+    with pending(pending_objects), keeping(fetch_folder(folder), checkpoint.files):
         check(folder)
 
 

@@ -38,7 +38,7 @@ from neox_bridge.planning.era_checks import reason_dropped
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
-from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
+from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, padding_multiple
 from neox_bridge.stores.paths import listdir, real, walk
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import OutputFile
@@ -245,7 +245,7 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
 
 def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
     """The checkpoint's multiple, or None if it does not result in the existing rows."""
-    multiple = told_multiple(state.args, checkpoint.raw)
+    multiple = padding_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
     fits = padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]
     return multiple if fits else None

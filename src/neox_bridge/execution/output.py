@@ -16,7 +16,7 @@ from neox_bridge.execution.reserving import reserve
 from neox_bridge.execution.threads import Task, followed, run_all
 from neox_bridge.execution.trailing_hashes import Trail
 from neox_bridge.execution.write_tensor import fill_tensor, write_tensor
-from neox_bridge.stores.fetched import folder_beside, keeping
+from neox_bridge.stores.fetched import fetch_folder, keeping
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 SMALL_BYTES = 1 << 20  # largest file that is assembled in memory
@@ -55,7 +55,7 @@ class DiskWriter:
         hashes: dict[str, str | None] = {}  # by the path of the attempt
         pieces = (piece for file in files for tensor in file.tensors for piece in tensor.pieces)
         urls = {piece.source.file for piece in pieces if piece.source is not None}
-        with keeping(folder_beside(self.folder), urls):
+        with keeping(fetch_folder(self.folder), urls):
             for number, file in enumerate(files):
                 path = f"{attempt}-{number}"
                 if is_small(file):

@@ -72,7 +72,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     table = _Table(architecture)
     unwrapped = unwrap(stored.tensors, table.has, path)
     _refuse_other_kinds(table, raw, stored, unwrapped, path)
-    named, dropped, aliased = _normalise(table, stored.tensors, unwrapped, path)
+    named, dropped, aliased = _normalise(table, raw, stored.tensors, unwrapped, path)
     head, more = _tied_head(architecture, raw, named)
     dropped += more
     copies = [*aliased, *_renamed(table, stored.copies, unwrapped)]
@@ -399,7 +399,11 @@ def _refuse_other_kinds(
 
 
 def _normalise(
-    table: _Table, refs: Mapping[str, TensorRef], unwrapped: Unwrapped, path: str
+    table: _Table,
+    raw: Mapping[str, Any],
+    refs: Mapping[str, TensorRef],
+    unwrapped: Unwrapped,
+    path: str,
 ) -> tuple[dict[str, TensorRef], list[Dropped], list[Copy]]:
     """The tensors by their names in the table, the dropped buffers, and second copies."""
     architecture = table.architecture
@@ -425,6 +429,8 @@ def _normalise(
                 "They are the head for another task, which GPT-NeoX does not support. Convert "
                 f"the {architecture.hf_class} that it was made from."
             )
+        elif reasons := [f"{r.key}: {r.reason}" for r in architecture.refuse_hf_source(raw)]:
+            what = f"It cannot be converted. {'. '.join(reasons)}."
         raise NotOfFamily(
             f"{path} contains tensors that no {architecture.name} model has: "
             f"{some(sorted(unknown))}. {what}"

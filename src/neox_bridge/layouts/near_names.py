@@ -53,7 +53,8 @@ def check_not_local(source: str) -> None:
     if "@" in name or org == OWNER or not os.path.isdir(org):
         return
     near = nearest_path(source)
-    with os.scandir(org) as entries:
+    has_files = False
+    with suppress(OSError), os.scandir(org) as entries:  # it may not be readable
         has_files = any(entry.is_file() for entry in islice(entries, _MOST_NAMES))
     if near or has_files:
         advice = f" Did you mean {near}?" if near else ""

@@ -47,7 +47,7 @@ from neox_bridge.planning.common import (
     with_drifted_biases,
     with_vocabulary_rows,
 )
-from neox_bridge.planning.default_settings import computed_findings, with_own_defaults
+from neox_bridge.planning.default_settings import computed_findings, with_default_settings
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import (
     Metadata,
@@ -87,7 +87,7 @@ def plan_reshard(
     refuse_all(dtype_refusals(checkpoint), checkpoint.path)
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
-    checkpoint, default_findings = with_own_defaults(
+    checkpoint, default_findings = with_default_settings(
         checkpoint, writer_version(optimizer) or "", asked.era
     )
     optimizer, given, target = _with_target(checkpoint, optimizer, asked, given)
@@ -417,7 +417,7 @@ def target_states(
     given: States | None = None,
 ) -> tuple[Optimizer, States | None]:
     """The expected content of the target: the optimizer, and states that differ from the source."""
-    checkpoint, _ = with_own_defaults(checkpoint, writer_version(optimizer) or "", asked.era)
+    checkpoint, _ = with_default_settings(checkpoint, writer_version(optimizer) or "", asked.era)
     optimizer, given, _ = _with_target(checkpoint, optimizer, asked, given)
     return optimizer, given
 

@@ -28,7 +28,7 @@ from neox_bridge.planning.era_checks import EraSettings, check_era, era_settings
 from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.to_neox import target_layout
-from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
+from neox_bridge.planning.vocabulary import Vocabulary, keep, padding_multiple
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def choose_target(
     if state.universal:  # it may not contain the rows of padding, which are restored as zeros
         folder = state.folder
         rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
-    vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, layout.tp)
+    vocabulary = keep(rows, padding_multiple(state.args, raw), state.tp, layout.tp)
     config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
     dp = asked.dp or optimizer.dp
     zero = optimizer.stage if asked.zero is None else asked.zero

@@ -15,7 +15,7 @@ from neox_bridge.frameworks.setting_defaults import (
 from neox_bridge.layouts.checkpoint import Checkpoint
 
 
-def with_own_defaults(
+def with_default_settings(
     checkpoint: Checkpoint, version: str, era: Era | None
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
     """Add the defaults that the run trained with to its settings. Returns the run and findings.

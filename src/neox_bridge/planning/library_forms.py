@@ -17,7 +17,7 @@ WEIGHTS = "pytorch_model.bin"
 _TRANSFORMERS = "transformers"
 
 
-def form_asked(architecture: Architecture, options: Options) -> Form | None:
+def chosen_form(architecture: Architecture, options: Options) -> Form | None:
     """The format of ``options.format``; None for transformers. Raises Refused for other formats."""
     if options.format in (None, _TRANSFORMERS):
         return None

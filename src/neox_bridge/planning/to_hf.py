@@ -23,7 +23,7 @@ from neox_bridge.planning.common import (
     tokenizer_outputs,
     with_vocabulary_rows,
 )
-from neox_bridge.planning.library_forms import WEIGHTS, form_asked, form_settings, form_weights
+from neox_bridge.planning.library_forms import WEIGHTS, chosen_form, form_settings, form_weights
 from neox_bridge.planning.model_card import card_text, model_card
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
@@ -36,7 +36,7 @@ from neox_bridge.tensors.sharing import arranged, shared_together
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
     """Plan all files of a Hugging Face folder with this model."""
     architecture = checkpoint.architecture
-    form = form_asked(architecture, options)
+    form = chosen_form(architecture, options)
     wholes, config, dropped, findings = hf_model(checkpoint)
     rows, more, padding = _rows_to_keep(checkpoint, options, tokenizer)
     dropped += more

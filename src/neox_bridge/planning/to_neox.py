@@ -36,7 +36,7 @@ from neox_bridge.planning.common import (
     tokenizer_outputs,
     with_vocabulary_rows,
 )
-from neox_bridge.planning.default_settings import with_own_defaults
+from neox_bridge.planning.default_settings import with_default_settings
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import (
@@ -59,7 +59,7 @@ from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record
 from neox_bridge.planning.transformer_engine import check_target
-from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
+from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, padding_multiple
 from neox_bridge.tensors.geometry import shard_shape, whole_shape
 
 
@@ -77,7 +77,7 @@ def plan_neox(
     """
     architecture, config = checkpoint.architecture, checkpoint.config
     layout, era = target_layout(checkpoint, options)
-    checkpoint, findings = _with_own_defaults(checkpoint, era, options)
+    checkpoint, findings = _with_default_settings(checkpoint, era, options)
     findings += check_era(checkpoint, layout, era, options)
     if layout.te:
         findings += check_target(checkpoint, layout.tp, era, options)
@@ -286,7 +286,7 @@ def _vocabulary(
     state = checkpoint.neox
     unknown = size is None and not checkpoint.record.get("vocab_size")
     if unknown and options.vocab_multiple is None and state is not None:
-        multiple = told_multiple(state.args, checkpoint.raw)
+        multiple = padding_multiple(state.args, checkpoint.raw)
         return keep(rows, multiple, state.tp, tp), dropped
     known = size is not None
     return fit(rows, size or rows, tp, options.vocab_multiple, known=known), dropped
@@ -397,7 +397,7 @@ def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dic
     }
 
 
-def _with_own_defaults(
+def _with_default_settings(
     checkpoint: Checkpoint, era: Era, options: Options
 ) -> tuple[Checkpoint, list[Finding]]:
     """Add the defaults that the run trained with to its yml, if the target has others."""
@@ -407,7 +407,7 @@ def _with_own_defaults(
     old = trained_before_changes(state.ds_version, state.mlp_names)
     # without --for, a run from an unknown GPT-NeoX is assumed to continue with the same one
     target = era if options.era or old is not None else None
-    checkpoint, findings = with_own_defaults(checkpoint, state.ds_version, target)
+    checkpoint, findings = with_default_settings(checkpoint, state.ds_version, target)
     return checkpoint, list(findings)
 
 

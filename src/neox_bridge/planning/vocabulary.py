@@ -39,7 +39,7 @@ def padded_size(size: int, multiple: int, tp: int) -> int:
     return round_up(size, multiple * tp)
 
 
-def told_multiple(*settings: Mapping[str, Any]) -> int:
+def padding_multiple(*settings: Mapping[str, Any]) -> int:
     """make_vocab_size_divisible_by of the first settings that contain it."""
     values = (one.get("make_vocab_size_divisible_by") for one in settings)
     return int(next(filter(None, values), FIRST_MULTIPLE))

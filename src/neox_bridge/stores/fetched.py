@@ -60,7 +60,7 @@ def range_folder(work: str, sizes: Mapping[str, int], written: int) -> str | Non
     return os.path.join(work, FOLDER)
 
 
-def folder_beside(files: str) -> str | None:
+def fetch_folder(files: str) -> str | None:
     """The folder next to the output in which another process of this run caches ranges."""
     folder = os.path.join(os.path.dirname(files), FOLDER)
     return folder if os.path.isdir(folder) else None
