@@ -12,8 +12,10 @@ from common import assert_same, convert, fixture, hf_tensors, make_hf, neox_conf
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.doctor.compare import compare
+from neox_bridge.doctor.diagnose import judge
 from neox_bridge.errors import Refused
 from neox_bridge.frameworks.eras import ERAS
+from neox_bridge.frameworks.targets import target_named
 
 FIXTURE = "starcoder2_fp32_tp2"
 GROUPED = {"num_key_value_heads": 2}
@@ -167,6 +169,15 @@ def test_one_dropout_for_embeddings_and_blocks(
     convert(tmp_path / "neox", tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {key: config[key] for key in dropout} == dropout
+
+
+def test_doctor_sees_an_mlp_of_another_width(tmp_path: Path) -> None:
+    shutil.copytree(fixture(FIXTURE), tmp_path / "neox")
+    edit_yml(intermediate_size=96)(step_of(tmp_path / "neox"))
+    found = judge(open_checkpoint(str(tmp_path / "neox")), target_named("neox@today"))
+    assert found.answer == "fails"
+    errors = [one.finding for one in found.cases if one.finding.severity == "error"]
+    assert ["128 wide, and 96 wide by the yml" in error.message for error in errors] == [True]
 
 
 def test_compare_says_where_q_k_and_v_are(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import INV_FREQ, ModelConfig
-from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, refuse_era, round_up
 from neox_bridge.doctor.causes import BUFFER_LINKS, NAMES_LINKS, buffer_cause, names_cause
 from neox_bridge.doctor.neox_folder import stray_cases
@@ -412,7 +411,8 @@ def _sizes(checkpoint: Checkpoint, facts: TreeFacts) -> dict[str, tuple[list[int
     )
     if (
         have == want
-        or checkpoint.architecture is not GPT_NEOX
+        or checkpoint.architecture.gated
+        or not checkpoint.architecture.has_mlp
         or facts.mlp_names != state.mlp_names
     ):
         return {}
