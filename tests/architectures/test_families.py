@@ -55,6 +55,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("starcoder2", {}),
     ("starcoder2", {"num_key_value_heads": 2, "sliding_window": 5, "rope_theta": 500000.0}),
     ("starcoder2", {"num_key_value_heads": 2, "hidden_act": "gelu", "tie_word_embeddings": False}),
+    ("glm", {}),
+    ("glm", {"num_key_value_heads": 2, "attention_bias": False, "partial_rotary_factor": 1.0}),
+    ("glm", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
 ]
 # a family that has no cases of its own yet
 CASES += [(a.name, {}) for a in ARCHITECTURES if a.gated and a.name not in dict(CASES)]
@@ -161,7 +164,7 @@ def models(draw: Any) -> dict[str, Any]:
 @settings(max_examples=60, deadline=None)
 @given(
     model=models(),
-    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo", "stablelm", "phi3"]),
+    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo", "stablelm", "phi3", "glm"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     tp=st.sampled_from([1, 2, 3, 6]),
     between=st.sampled_from([1, 2, 3]),
@@ -182,6 +185,8 @@ def test_any_model(
     head_dim = model["hidden_size"] // model["num_attention_heads"]
     if family == "olmo" or head_dim * kv_heads % model["num_attention_heads"]:
         mlp_names, order = "linear", "grouped"
+    if family == "glm":  # an even part of the head
+        model |= {"head_dim": head_dim, "partial_rotary_factor": 2 / 3}
     with TemporaryDirectory() as name:
         folder = Path(name)
         hf = make_hf(folder / "hf", dtype, family=family, **model)
@@ -304,6 +309,8 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"hidden_act": "sigmoid"}, {"era": era_named("2024-09")}, "MLP with sigmoid"),
     ("stablelm", {}, {"te": True}, "not tested with Transformer Engine"),
     ("olmo", {"clip_qkv": 8.0}, {}, "clip_qkv"),
+    ("glm", {"head_dim": 6, "partial_rotary_factor": 0.5}, {}, "partial_rotary_factor"),
+    ("glm", {"head_dim": 32}, {}, "head_dim"),
     (
         "phi3",
         {
@@ -469,6 +476,9 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
         ("phi3", {"partial_rotary_factor": 0.5}, "4.48", "llama-ignored"),
         ("phi3", {}, "4.36", "class-unknown"),
         ("phi3", {}, "4.55", None),
+        ("glm", {}, "4.42", "class-unknown"),
+        ("glm", {}, "4.48", None),
+        ("glm", {"rope_theta": 500000.0}, "4.55", "rope-spelling"),
         ("mistral", {}, "4.48", None),
     ],
 )

@@ -37,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     ("phi3", {"num_key_value_heads": 2, "eos_token_id": 2}),
     ("starcoder2", {"num_key_value_heads": 2}),
+    ("glm", {"num_key_value_heads": 2, "eos_token_id": 2, "head_dim": 16}),
 ]
 IDS = [family for family, _ in CASES]
 TOKENS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Phi-3: one tensor of the file holds q, k and v, and another gate and up."""
+"""Phi-3 and GLM: joined tensors, and rows of q and k in another order."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 import reference_logits
 import torch
 from checkpoint_edits import edit_yml
+from click.testing import CliRunner
 from common import (
     assert_same,
     convert,
@@ -72,6 +73,11 @@ def as_llama(phi3: Path, folder: Path) -> Path:
     return folder
 
 
+def command(*words: object) -> None:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+
+
 @pytest.fixture
 def phi3(tmp_path: Path) -> Path:
     return make_hf(tmp_path / "phi3", family="phi3", num_key_value_heads=2)
@@ -89,9 +95,11 @@ def test_it_is_a_llama_in_gpt_neox(phi3: Path, tmp_path: Path) -> None:
     assert diff(open_checkpoint(str(phi3)), open_checkpoint(str(llama))).equal
 
 
-def test_logits_are_verified(phi3: Path, tmp_path: Path) -> None:
-    convert(phi3, tmp_path / "neox", tp=2)
-    pair = open_checkpoint(str(phi3)), open_checkpoint(str(tmp_path / "neox"))
+@pytest.mark.parametrize("family", ["phi3", "glm"])
+def test_logits_are_verified(family: str, tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family=family)
+    convert(hf, tmp_path / "neox", tp=2)
+    pair = open_checkpoint(str(hf)), open_checkpoint(str(tmp_path / "neox"))
     assert verify(*pair).holds
     compared = compare_logits(*pair, read_tokens(None, pair).tokens)
     assert compared.agrees
@@ -125,13 +133,61 @@ def test_only_phi3_rotates_a_part_of_each_head(tmp_path: Path) -> None:
     assert (yml["rotary_pct"], yml["sliding_window_width"], yml["hidden_dropout"]) == (0.5, 7, 0.1)
 
 
-def test_defaults_are_those_of_the_class(phi3: Path) -> None:
-    path = phi3 / "config.json"
+@pytest.mark.parametrize("family", ["phi3", "glm"])
+def test_defaults_are_those_of_the_class(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(family)
+    kept = {"num_attention_heads", "num_hidden_layers", "architectures", "model_type"}
+    folder = make_hf(
+        tmp_path / "hf",
+        family=family,
+        hidden_size=512,
+        num_key_value_heads=2 if family == "glm" else 4,
+        head_dim=128,
+        attention_bias=True,
+    )
+    path = folder / "config.json"
     config = json.loads(path.read_text())
-    keys = ("rms_norm_eps", "max_position_embeddings", "num_key_value_heads")
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in keys[:2]}))
-    checkpoint = open_checkpoint(str(phi3))
-    assert (checkpoint.config.norm_eps, checkpoint.config.max_positions) == (1e-5, 4096)
+    path.write_text(json.dumps({k: v for k, v in config.items() if k in kept}))
+    checkpoint = open_checkpoint(str(folder))
+    read = checkpoint.config
+    assert read.norm_eps == default.rms_norm_eps
+    assert read.max_positions == default.max_position_embeddings
+    assert read.rotary_pct == default.rope_parameters["partial_rotary_factor"]
+    assert read.key_value_heads == (2 if family == "glm" else 4)
+    assert checkpoint.raw.get("head_dim") == getattr(default, "head_dim", None)
+    assert [f for f in checkpoint.findings if f.code == "biases-denied"] == []
+
+
+def test_rows_of_glm_are_reordered(tmp_path: Path) -> None:
+    """Heads of 16 rows, of which 8 are rotated: even rows before odd ones in GPT-NeoX."""
+    hf = make_hf(tmp_path / "hf", family="glm", num_key_value_heads=2)
+    convert(hf, tmp_path / "neox")
+    (rank,) = neox_ranks(tmp_path / "neox")
+    tensors = hf_tensors(hf)
+    head = [0, 2, 4, 6, 1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    rows = [16 * number + row for number in range(6) for row in head] + list(range(96, 128))
+    for leaf in ("weight", "bias"):
+        names = [f"model.layers.1.self_attn.{part}_proj.{leaf}" for part in "qkv"]
+        whole = torch.cat([tensors[name] for name in names])
+        assert torch.equal(rank[f"3.attention.query_key_value.{leaf}"], whole[rows])
+
+
+def test_biases_of_glm_without_a_record(tmp_path: Path) -> None:
+    """Only GLM has biases of q, k and v, RMSNorm, and partly rotated heads."""
+    hf = make_hf(tmp_path / "hf", family="glm")
+    convert(hf, tmp_path / "neox", tp=2)
+    (step_of(tmp_path / "neox") / "neox_bridge.json").unlink()
+    convert(tmp_path / "neox", tmp_path / "back")
+    assert_same(hf_tensors(hf), hf_tensors(tmp_path / "back"))
+    for path in step_of(tmp_path / "neox").glob("layer_02-*"):
+        tensors = torch.load(path, weights_only=False)
+        tensors["attention.dense.bias"] += 0.5
+        torch.save(tensors, path)
+    with pytest.raises(Refused, match="rotary_pct"):
+        plan_of(tmp_path / "neox", tmp_path / "out", to="hf")
+    convert(tmp_path / "neox", tmp_path / "one", to="neox", tp=1)
 
 
 @pytest.mark.parametrize(
@@ -152,24 +208,18 @@ def test_other_tensors_are_errors(
         open_checkpoint(str(edited(stored(phi3, **tensors), **config)))
 
 
-def test_optimizer_states_have_the_names_of_the_files(phi3: Path, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    run = tmp_path / "run"
-    convert(phi3, run, tp=2, optimizer="fresh", dp=1)
-    exported = CliRunner().invoke(app, ["export-optimizer", str(run), str(tmp_path / "states")])
-    assert exported.exit_code == 0, exported.output
-    for state in ("exp_avg", "master"):
-        path = tmp_path / "states" / f"{state}.safetensors"
-        if path.exists():
-            assert sorted(load_file(path)) == sorted(hf_tensors(phi3))
-    scalars = json.loads((tmp_path / "states" / "optimizer.json").read_text())
-    assert sorted(name for g in scalars["groups"] for name in g["tensors"]) == sorted(
-        hf_tensors(phi3)
-    )
-    command = ["reshard", str(run), str(tmp_path / "back"), "--states", str(tmp_path / "states")]
-    resharded = CliRunner().invoke(app, [*command, "--tp", "1"])
-    assert resharded.exit_code == 0, resharded.output
+@pytest.mark.parametrize("family", ["phi3", "glm"])
+def test_optimizer_states_are_those_of_the_files(family: str, tmp_path: Path) -> None:
+    """The fresh master weights are the weights, by their names and in their order."""
+    hf = make_hf(tmp_path / "hf", torch.bfloat16, family=family, num_key_value_heads=2)
+    run, states = tmp_path / "run", tmp_path / "states"
+    convert(hf, run, tp=2, optimizer="fresh", dp=1)
+    command("export-optimizer", run, states)
+    weights = {name: value.float() for name, value in hf_tensors(hf).items()}
+    assert_same(load_file(states / "master.safetensors"), weights)
+    groups = json.loads((states / "optimizer.json").read_text())["groups"]
+    assert sorted(name for group in groups for name in group["tensors"]) == sorted(weights)
+    command("reshard", run, tmp_path / "back", "--states", states, "--tp", "1")
     before, after = logical(run), logical(tmp_path / "back")
     for state in before:
         assert_same(before[state], after[state])

@@ -39,6 +39,7 @@ FAMILIES = (
     "stablelm",
     "phi3",
     "starcoder2",
+    "glm",
 )
 # the parts of DeepSpeed that GPT-NeoX's yml can configure
 _CONFIGURED = ("runtime", "monitor", "profiling", "comm", "elasticity", "autotuning", "compression")

@@ -51,6 +51,7 @@ TINY_LLAMA: dict[str, Any] = {
 TINY_PHI3: dict[str, Any] = {**TINY_LLAMA, "eos_token_id": 2, "pad_token_id": None}
 # trees before 2024-09 have no plain MLP of another width
 TINY_STARCODER2 = {**TINY_LLAMA, "intermediate_size": 256, "bos_token_id": 0, "eos_token_id": 0}
+TINY_GLM: dict[str, Any] = {**TINY_PHI3, "head_dim": 16}
 TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2}
 
 
@@ -70,6 +71,7 @@ def make_hf(
         "gpt_neox": TINY,
         "mamba": TINY_MAMBA,
         "phi3": TINY_PHI3,
+        "glm": TINY_GLM,
         "starcoder2": TINY_STARCODER2,
     }.get(family, TINY_LLAMA)
     made = AutoConfig.for_model(family, **{**tiny, **config})

@@ -44,6 +44,7 @@ FAMILIES = (
     "stablelm",
     "phi3",
     "starcoder2",
+    "glm",
 )
 HEADS = {
     "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),

@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("qwen2", GROUPED, 2),
     ("phi3", {**GROUPED, "partial_rotary_factor": 0.5}, 2),
     ("starcoder2", {"num_key_value_heads": 2}, 2),
+    ("glm", GROUPED, 2),
 ]
 IDS = [f"{family}{number}" for number, (family, *_) in enumerate(CASES)]
 TOKENS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))

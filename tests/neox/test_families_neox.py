@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {**GROUPED, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     ("phi3", {**PHI3, "sliding_window": 5}),
     ("phi3", {**PHI3, "partial_rotary_factor": 0.5}),
+    ("glm", GROUPED),
+    ("glm", {**GROUPED, "attention_bias": False, "partial_rotary_factor": 0.25}),
     ("olmo", {}),
     ("olmo", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
     ("starcoder2", {}),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, Form
+from neox_bridge.architectures.glm import ARCHITECTURE as GLM
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
@@ -26,6 +27,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     STABLELM,
     PHI3,
     STARCODER2,
+    GLM,
 )
 _HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
 _SCALED = (

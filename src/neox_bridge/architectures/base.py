@@ -274,6 +274,8 @@ class Architecture:
             biases, as ParallelMLP has geglu there.
         joined: The tensors of Hugging Face files that contain the rows of several weights: the
             names of these weights, in order, by the name of the tensor.
+        paired: The weights and biases of q and k if Hugging Face rotates neighboring pairs of a
+            head's dimensions. GPT-NeoX rotates its two halves.
         neox_only: Whether transformers has no such class, so that the model can only move between
             layouts of GPT-NeoX; see neox_only.py.
     """
@@ -307,6 +309,7 @@ class Architecture:
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
     forms: tuple[Form, ...] = ()
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    paired: frozenset[str] = frozenset()
     neox_only: bool = False
     shared: str = ""
     one_matrix: bool = False

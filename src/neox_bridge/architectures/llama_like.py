@@ -2,8 +2,8 @@
 
 Sources: megatron/model/transformer.py of GPT-NeoX (ParallelMLP and Gated_Activation since the
 change neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py;
-models/{llama,mistral,qwen2,olmo,stablelm,phi3}/ of transformers. Both frameworks rotate halves, so
-the rows of q and k keep their order within a head.
+models/{llama,mistral,qwen2,olmo,stablelm,phi3,glm}/ of transformers. Both frameworks rotate halves,
+so the rows of q and k keep their order within a head, except for GLM (``Architecture.paired``).
 """
 
 from collections.abc import Callable, Mapping
@@ -93,6 +93,8 @@ class Family:
         defaults: Other defaults of config.json that differ from those of Llama.
         dropout: The key of config.json for GPT-NeoX's hidden_dropout; "" if there is none.
         joined: See ``Architecture``.
+        paired: Whether neighboring pairs of a head's dimensions are rotated; see ``Architecture``.
+        bias_key: The key of config.json for the biases of the attention, and its default.
         write: Returns more keys of config.json.
         refuse: Returns more of what GPT-NeoX does not support.
         refuse_neox: Returns more of what transformers does not support.
@@ -111,6 +113,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     dropout: str = ""
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    paired: bool = False
+    bias_key: tuple[str, bool] = ("attention_bias", False)
     write: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}
     refuse: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
     refuse_neox: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
@@ -134,7 +138,7 @@ def rope_base(raw: Mapping[str, Any]) -> float:
     return number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)), float)
 
 
-def _rotary_pct(raw: Mapping[str, Any], default: float) -> float:
+def rotary_share(raw: Mapping[str, Any], default: float) -> float:
     """The share of a head that is rotated. ``rope_parameters`` has priority here too."""
     rope, key = raw.get("rope_parameters") or {}, "partial_rotary_factor"
     return number(key, rope.get(key, raw.get(key, default)), float)
@@ -150,7 +154,7 @@ def _read_hf(
     return ModelConfig(
         **keys,
         **hf_fields(raw, dims, presence, family.ids),
-        rotary_pct=1.0 if family.rotary_pct is None else _rotary_pct(raw, family.rotary_pct),
+        rotary_pct=1.0 if family.rotary_pct is None else rotary_share(raw, family.rotary_pct),
         rotary_base=rope_base(raw),
         activation="silu" if act == "swish" else act,
         parallel_residual=False,
@@ -273,7 +277,7 @@ def refuse_heads(raw: Mapping[str, Any], name: str, rotary_pct: float | None) ->
                 f"dimensions, but here it has {raw['head_dim']}",
             )
         )
-    share = _rotary_pct(raw, 1.0)
+    share = rotary_share(raw, 1.0)
     if rotary_pct is None and share != 1.0:
         reasons.append(
             Refusal(
@@ -345,11 +349,11 @@ def _findings_hf_source(
 ) -> list[Finding]:
     if family.biases in ("qkv", "none"):
         return []
-    key = "use_qkv_bias" if family.biases == "optional qkv" else "attention_bias"
-    biases = {key: config.attention_bias}
+    key, default = family.bias_key
+    biases = {key: (default, config.attention_bias)}
     if family.biases == "optional":
-        biases["mlp_bias"] = config.mlp_bias
-    return stored_biases(raw, {key: (False, there) for key, there in biases.items()})
+        biases["mlp_bias"] = (False, config.mlp_bias)
+    return stored_biases(raw, biases)
 
 
 def _complete(family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -358,12 +362,13 @@ def _complete(family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def architecture(family: Family) -> Architecture:
     """The architecture of a family: its table of weights, and its config in both directions."""
+    table = weights(family.norm, family.biases)
     return Architecture(
         name=family.name,
         about=family.about,
         hf_class=family.hf_class,
         prefix="model.",
-        weights=weights(family.norm, family.biases),
+        weights=table,
         dropped={
             f"{LAYER}self_attn.rotary_emb.inv_freq": "not learned: computed from rope_theta",
             "model.rotary_emb.inv_freq": "not learned: computed from rope_theta",
@@ -385,6 +390,7 @@ def architecture(family: Family) -> Architecture:
         norm=family.norm,
         complete=partial(_complete, family),
         joined=family.joined,
+        paired=frozenset(w.hf for w in table if family.paired and w.part in ("q", "k")),
     )
 
 

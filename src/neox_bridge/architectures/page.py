@@ -113,7 +113,6 @@ transformers 5.24 were compared with the source of GPT-NeoX:
 """
 # the work that a conversion of each would need
 NOT_YET = {
-    "glm": "partial rotary positions that pair neighbors: rows of q and k would be reordered",
     "falcon": "biases of zeros would be added; ALiBi is rounded to bfloat16 and scaled there",
     "mpt": "biases of zeros would be added to layers and norms; ALiBi",
     "gpt2": "learned positions; each matrix is transposed",

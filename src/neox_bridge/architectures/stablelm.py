@@ -42,6 +42,7 @@ ARCHITECTURE = architecture(
         head_dim=False,
         rotary_pct=0.25,
         biases="optional qkv",
+        bias_key=("use_qkv_bias", False),
         max_positions=4096,
         write=lambda config: {
             "use_qkv_bias": config.attention_bias,

@@ -179,7 +179,8 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
         )
     if ignored or facts.rope_parameters:
         return
-    defaults = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25 if name == "stablelm" else 1.0}
+    share = {"stablelm": 0.25, "glm": 0.5}.get(name, 1.0)
+    defaults = {"rope_theta": 10000.0, "partial_rotary_factor": share}
     meant = (config.rotary_base, config.rotary_pct)
     for (key, default), want in zip(defaults.items(), meant, strict=True):
         got = float(checkpoint.raw.get(key) or default)

@@ -32,7 +32,7 @@ def _one_spelling(c: Described) -> bool:
     return bool(old) != ("rope_parameters" in c.raw)
 
 
-_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm", "phi3", "starcoder2")
+_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm", "phi3", "starcoder2", "glm")
 
 TRANSFORMERS: tuple[Change, ...] = (
     Change(
@@ -350,4 +350,5 @@ CLASS_SINCE = {
     "stablelm": "4.38",
     "phi3": "4.41",
     "starcoder2": "4.39",
+    "glm": "4.46",
 }

@@ -30,7 +30,7 @@ from neox_bridge.layouts.folder_kinds import (
     unfinished_download,
 )
 from neox_bridge.layouts.index_findings import index_findings
-from neox_bridge.layouts.joined_tensors import split_joined, stored_name
+from neox_bridge.layouts.joined_tensors import halves_of_pairs, split_joined, stored_name
 from neox_bridge.layouts.linked_files import brought_along, check_own
 from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
 from neox_bridge.layouts.record_file import read_record
@@ -93,6 +93,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     )
     return replace(
         checkpoint,
+        tensors=halves_of_pairs(architecture, checkpoint.config, checkpoint.tensors),
         copies=tuple(copies),
         wrappers=unwrapped.wrappers,
         unindexed=stored.unindexed,

@@ -1,13 +1,19 @@
-"""Tensors of Hugging Face files that contain several weights; see ``Architecture.joined``."""
+"""Hugging Face files whose tensors are not the weights of the table.
+
+Some contain several weights (``Architecture.joined``), and some have other rows of q and k
+(``Architecture.paired``).
+"""
 
 import re
 from collections.abc import Mapping, Sequence
+from operator import mul
 
-from neox_bridge.architectures.base import Architecture
+from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.fused import Fusion, Part
 from neox_bridge.tensors.pieces import Piece, Whole, cut
+from neox_bridge.tensors.tensor_ref import TensorRef, row_major
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -52,8 +58,30 @@ def split_joined(
     return weights
 
 
-def join(architecture: Architecture, weights: Mapping[str, Whole]) -> dict[str, Whole]:
+def halves_of_pairs(
+    architecture: Architecture, config: ModelConfig, weights: Mapping[str, Whole]
+) -> dict[str, Whole]:
+    """The weights of a model, with the rows of q and k in the order of GPT-NeoX."""
+    return _reordered(architecture, config, weights, to_pairs=False)
+
+
+def from_stored(
+    architecture: Architecture, config: ModelConfig, stored: Mapping[str, Whole], path: str
+) -> dict[str, Whole]:
+    """The weights of a model with this config, from the tensors of Hugging Face files.
+
+    path: what messages name. Raises BridgeError as ``split_joined`` does.
+    """
+    heads, kv_heads = config.heads, config.key_value_heads
+    weights = split_joined(architecture, stored, heads, kv_heads, path)
+    return halves_of_pairs(architecture, config, weights)
+
+
+def to_stored(
+    architecture: Architecture, config: ModelConfig, weights: Mapping[str, Whole]
+) -> dict[str, Whole]:
     """The tensors of Hugging Face files, from the weights of a model."""
+    weights = _reordered(architecture, config, weights, to_pairs=True)
     stored: dict[str, Whole] = {}
     for name, whole in weights.items():
         joined = stored_name(architecture, name)
@@ -83,6 +111,64 @@ def _pattern(name: str) -> tuple[str, str]:
     """A name with ``{i}`` for the number of its block, and that number."""
     match = _BLOCK.search(name)
     return (name, "") if match is None else (_BLOCK.sub(".{i}.", name, count=1), match[1])
+
+
+def _reordered(
+    architecture: Architecture,
+    config: ModelConfig,
+    weights: Mapping[str, Whole],
+    to_pairs: bool,
+) -> dict[str, Whole]:
+    """The weights with the rotated rows of q and k in another order."""
+    reordered = dict(weights)
+    for name, whole in weights.items() if architecture.paired else ():
+        if _pattern(name)[0] in architecture.paired:
+            rows = config.dims["q"] // config.heads
+            rotated = int(rows * config.rotary_pct)
+            reordered[name] = _with_rotated_rows(whole, rows, rotated, to_pairs)
+    return reordered
+
+
+def _with_rotated_rows(whole: Whole, rows: int, rotated: int, to_pairs: bool) -> Whole:
+    """The tensor with the first ``rotated`` of the ``rows`` rows of each head in another order."""
+    rest = whole.shape[1:]
+    zeros = (0,) * len(rest)
+    pieces: list[Piece] = []
+    for first in range(0, whole.shape[0], rows):
+        head = cut(whole, (first, *zeros), (rows, *rest), (0, *zeros))
+        turned = Whole(whole.dtype, (rows, *rest), head)
+        if len(head) == 1 and head[0].source is not None and not to_pairs:
+            pieces += (_every_second_row(head[0], odd, first, rotated) for odd in (0, 1))
+        else:
+            order = [*range(0, rotated, 2), *range(1, rotated, 2)]  # the row in pairs of each
+            for half, pair in enumerate(order):
+                row, to = (half, pair) if to_pairs else (pair, half)
+                pieces += cut(turned, (row, *zeros), (1, *rest), (first + to, *zeros))
+        if rotated < rows:
+            shape = (rows - rotated, *rest)
+            pieces += cut(turned, (rotated, *zeros), shape, (first + rotated, *zeros))
+    return Whole(whole.dtype, whole.shape, tuple(pieces))
+
+
+def _every_second_row(head: Piece, odd: int, first: int, rotated: int) -> Piece:
+    """The even or odd rotated rows of a head, as one strided piece.
+
+    first: the row of the model at which the head starts.
+    """
+    ref = head.source
+    assert ref is not None
+    strides = ref.strides or row_major(ref.shape)
+    elements = sum(map(mul, head.start, strides)) + odd * strides[0]
+    view = TensorRef(
+        ref.file,
+        ref.offset + elements * itemsize(ref.dtype),
+        ref.dtype,
+        ((rotated + 1 - odd) // 2, *head.shape[1:]),
+        (2 * strides[0], *strides[1:]),
+    )
+    zeros = (0,) * len(view.shape)
+    to = (first + odd * ((rotated + 1) // 2), *zeros[1:])
+    return Piece(view, zeros, to, view.shape, head.fill, head.scale)
 
 
 def _joined(parts: Sequence[Whole]) -> Whole:

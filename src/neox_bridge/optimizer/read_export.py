@@ -10,7 +10,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.joined_tensors import split_joined, stored_name
+from neox_bridge.layouts.joined_tensors import from_stored, stored_name
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.states import Optimizer, Scalar, stored_tensors, stored_wholes
@@ -95,10 +95,8 @@ def with_export(
 def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
     if not isfile(path):
         raise BridgeError(f"{path} is missing. Export the optimizer again.")
-    config = checkpoint.config
     stored = {name: whole_of(ref) for name, ref in read_safetensors(path).items()}
-    heads, kv_heads = config.heads, config.key_value_heads
-    tensors = split_joined(checkpoint.architecture, stored, heads, kv_heads, path)
+    tensors = from_stored(checkpoint.architecture, checkpoint.config, stored, path)
     if odd := sorted(set(tensors) ^ set(checkpoint.trained)):
         raise BridgeError(
             f"{path} does not have the same tensors as {checkpoint.path}. Only one of them has "

@@ -4,7 +4,7 @@ from math import prod
 
 from neox_bridge.formats.safetensors import layout_safetensors
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
-from neox_bridge.layouts.joined_tensors import join
+from neox_bridge.layouts.joined_tensors import to_stored
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.unknown_keys import listed, warned
 from neox_bridge.optimizer.read_export import SCALARS, scalars
@@ -21,9 +21,10 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
     by_state = states(checkpoint, optimizer)
     files = []
     for key, wholes in by_state.items():
+        stored = to_stored(checkpoint.architecture, checkpoint.config, wholes)
         tensors = [
             OutputTensor(name, whole.dtype, whole.shape, whole.pieces, whole.reduce)
-            for name, whole in join(checkpoint.architecture, wholes).items()
+            for name, whole in stored.items()
         ]
         files.append(cut_reductions(layout_safetensors(f"{key}.safetensors", tensors)))
     files.append(text_file(SCALARS, dump_json(scalars(checkpoint, optimizer))))

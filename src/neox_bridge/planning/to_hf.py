@@ -11,7 +11,7 @@ from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import layout_safetensors
 from neox_bridge.layouts.carried_names import CARD, GENERATION
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
-from neox_bridge.layouts.joined_tensors import join
+from neox_bridge.layouts.joined_tensors import to_stored
 from neox_bridge.layouts.same_values import relation
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
     kept = with_vocabulary_rows(architecture, config, wholes)
     tensors = [
         _output(name, cast(whole, options.dtype))
-        for name, whole in join(architecture, kept).items()
+        for name, whole in to_stored(architecture, config, kept).items()
     ]
     if form is None:
         files, layout = _safetensors(tensors, options)

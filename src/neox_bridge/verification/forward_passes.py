@@ -19,7 +19,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
 from neox_bridge.extras import install_command
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.joined_tensors import join
+from neox_bridge.layouts.joined_tensors import to_stored
 from neox_bridge.layouts.unknown_keys import without_ignored
 from neox_bridge.tensors.geometry import gather
 from neox_bridge.tensors.pieces import Whole
@@ -167,7 +167,7 @@ def _weights_on_meta() -> Iterator[None]:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stages:
     names = {id(module): name for name, module in model.named_modules()}
-    tensors = join(checkpoint.architecture, checkpoint.tensors)
+    tensors = to_stored(checkpoint.architecture, checkpoint.config, checkpoint.tensors)
 
     @contextmanager
     def loaded(module: nn.Module) -> Iterator[nn.Module]:
