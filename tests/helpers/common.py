@@ -25,7 +25,7 @@ HELPERS = Path(__file__).parent
 TESTS = HELPERS.parent
 FIXTURES = TESTS / "data" / "fixtures"
 # Llama and its relatives, and the others
-_RELATIVES = ("llama", "olmo", "starcoder2")
+_RELATIVES = ("llama", "olmo", "phi3", "starcoder2")
 LLAMA = sorted(p.name for p in FIXTURES.iterdir() if p.name.startswith(_RELATIVES))
 GPT_NEOX = sorted({path.name for path in FIXTURES.iterdir()} - set(LLAMA))
 TINY: dict[str, Any] = {

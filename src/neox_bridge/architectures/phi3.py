@@ -27,7 +27,7 @@ ARCHITECTURE = architecture(
         "Phi3ForCausalLM",
         About(
             "Phi-3 mini and medium, Phi-4",
-            "random, GPT-NeoX",
+            "fixture, random, GPT-NeoX",
             "`diff` and others name the parts of qkv_proj and gate_up_proj as in a Llama; longrope "
             "(Phi-3 128k, Phi-4-mini) is refused",
         ),
