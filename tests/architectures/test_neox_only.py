@@ -91,7 +91,10 @@ MODELS: dict[str, tuple[Parts, dict[str, Any]]] = {
         model([_gated(b) for b in _blocks()]),
         {"activation": "swiglu", "intermediate_size": 3 * FFN, "use_bias_in_mlp": False},
     ),
-    "learned": (model(_blocks(), positions=_POSITIONS), {"pos_emb": "learned"}),
+    "learned": (
+        model(_blocks(norm="scale"), norm="scale", positions=_POSITIONS),
+        {"pos_emb": "learned", "norm": "rmsnorm"},
+    ),
     "sinusoidal": (
         model(_blocks(), positions=Part(0, "position_embeddings.inv_freq", (HIDDEN // 2,))),
         {"pos_emb": "sinusoidal"},

@@ -136,7 +136,7 @@ def test_hugging_face(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "bert"}, "bert"),
         ({"model_type": "qwen3"}, "use_qk_layernorm"),
         ({"model_type": "phi"}, "its output layer has biases"),
         ({"hidden_act": "gelu_10"}, "hidden_act"),
@@ -210,7 +210,7 @@ def test_what_transformers_has_not_is_refused(changes: dict[str, Any], tmp_path:
 
 
 def test_learned_positions_are_refused_by_name(tmp_path: Path) -> None:
-    """Their table is a tensor that no rule names, but the key says more."""
+    """In transformers they come with sequential blocks only."""
 
     def learn(step: Path) -> None:
         edit_yml(pos_emb="learned")(step)

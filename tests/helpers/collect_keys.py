@@ -31,6 +31,7 @@ TREES |= {
 TREES["today"] = MERGED[-1].commit
 FAMILIES = (
     "gpt_neox",
+    "gpt2",
     "llama",
     "mistral",
     "qwen2",

@@ -47,6 +47,16 @@ TINY_LLAMA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 32,
 }
+# of families with the names of GPT-2
+TINY_GPT2: dict[str, Any] = {
+    "vocab_size": 300,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 12,
+    "n_positions": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 # the class has a padding token that is not in this vocabulary
 TINY_PHI3: dict[str, Any] = {**TINY_LLAMA, "eos_token_id": 2, "pad_token_id": None}
 # trees before 2024-09 have no plain MLP of another width
@@ -69,6 +79,7 @@ def make_hf(
     torch.manual_seed(seed)
     tiny = {
         "gpt_neox": TINY,
+        "gpt2": TINY_GPT2,
         "mamba": TINY_MAMBA,
         "phi3": TINY_PHI3,
         "glm": TINY_GLM,

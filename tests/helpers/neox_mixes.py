@@ -86,7 +86,7 @@ MIXES = (
         hf=True,
     ),
     Mix("learned positions tied", "today", {"pos_emb": "learned", "no_weight_tying": False}),
-    Mix("learned positions", "today", {"pos_emb": "learned", **_SEQUENTIAL}, pp=0),
+    Mix("learned positions", "today", {"pos_emb": "learned", **_SEQUENTIAL}, pp=0, hf=True),
     Mix("sinusoidal positions", "today", {"pos_emb": "sinusoidal"}),
     Mix("relative positions", "today", {"pos_emb": "rpe"}),
     Mix("relative positions ranks", "today", {"pos_emb": "rpe", **_SEQUENTIAL}, pp=0),

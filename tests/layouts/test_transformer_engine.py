@@ -36,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("gpt_neox", NEOX, 1),
     ("gpt_neox", SEQUENTIAL, 2),
     ("gpt_neox", {**SEQUENTIAL, "hidden_act": "relu", "tie_word_embeddings": True}, 3),
+    ("gpt2", {}, 2),
     ("llama", LLAMA, 2),
     ("llama", GROUPED, 1),
     ("llama", GROUPED, 2),

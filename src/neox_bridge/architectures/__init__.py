@@ -5,6 +5,7 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture, Form
 from neox_bridge.architectures.glm import ARCHITECTURE as GLM
+from neox_bridge.architectures.gpt2 import ARCHITECTURE as GPT2
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
@@ -19,6 +20,7 @@ from neox_bridge.errors import Refused
 # Mamba first: its blocks ignore the MLP settings that identify the other families
 ARCHITECTURES: tuple[Architecture, ...] = (
     MAMBA,
+    GPT2,
     GPT_NEOX,
     LLAMA,
     MISTRAL,

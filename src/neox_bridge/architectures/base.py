@@ -39,6 +39,8 @@ class Weight:
         also: Another name that files may have instead of ``neox``.
         trained: False for a buffer that GPT-NeoX saves. It has no optimizer states.
         blocks: The numbers of the blocks that have it; None for all.
+        transposed: Whether the tensor of Hugging Face files that contains it has its dimensions in
+            reverse order (Conv1D).
     """
 
     place: LayerKind
@@ -52,6 +54,7 @@ class Weight:
     also: str = ""
     trained: bool = True
     blocks: frozenset[int] | None = None
+    transposed: bool = False
 
     def named(self, old: bool) -> str:
         """Its name in GPT-NeoX. old: whether in trees before 2024-09."""
@@ -243,6 +246,11 @@ class Form:
     refuse: Callable[[ModelConfig, Mapping[str, Any]], list[Refusal]]
 
 
+def _heads(raw: Mapping[str, Any]) -> tuple[int, int]:
+    heads = int(raw.get("num_attention_heads") or 1)
+    return heads, int(raw.get("num_key_value_heads") or heads)
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """One family of models, used in both directions.
@@ -276,6 +284,9 @@ class Architecture:
             names of these weights, in order, by the name of the tensor.
         paired: The weights and biases of q and k if Hugging Face rotates neighboring pairs of a
             head's dimensions. GPT-NeoX rotates its two halves.
+        hf_keys: The keys of its config.json, by their usual names, if they differ.
+        hf_heads: Returns the numbers of query heads and of key-value heads from config.json, by
+            which the rows of ``joined`` tensors are split.
         neox_only: Whether transformers has no such class, so that the model can only move between
             layouts of GPT-NeoX; see neox_only.py.
     """
@@ -313,6 +324,8 @@ class Architecture:
     neox_only: bool = False
     shared: str = ""
     one_matrix: bool = False
+    hf_keys: Mapping[str, str] = field(default_factory=dict)
+    hf_heads: Callable[[Mapping[str, Any]], tuple[int, int]] = field(default=_heads)
 
     def has_llama_mlp(self, *, old: bool) -> bool:
         """Whether its MLP is a LLaMAParallelMLP, or today's gated one. old: see one_matrix."""
@@ -321,6 +334,11 @@ class Architecture:
     def joined_name(self, name: str) -> str:
         """The name of the tensor of Hugging Face files that contains a weight."""
         return next((joined for joined, parts in self.joined.items() if name in parts), name)
+
+    @property
+    def has_rotary_buffer(self) -> bool:
+        """Whether GPT-NeoX may store the rotary buffer in its blocks."""
+        return any(weight.split == "derived" for weight in self.weights)
 
     @property
     def has_mlp(self) -> bool:

@@ -115,9 +115,12 @@ def rope_of(raw: Mapping[str, Any]) -> tuple[float, float]:
     return number("rotary_pct", pct, float), number("rotary_emb_base", base, float)
 
 
+def activation_named(name: object) -> str:
+    """Our name of an activation of transformers."""
+    return next((ours for ours, (hf, _, _) in ACTIVATIONS.items() if name in hf), str(name))
+
+
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
-    act = raw.get("hidden_act") or "gelu"
-    activation = next((k for k, (hf, _, _) in ACTIVATIONS.items() if act in hf), str(act))
     pct, base = rope_of(raw)
     first = _LAYER.format(i=0)
     return ModelConfig(
@@ -125,7 +128,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
         **hf_fields(raw, dims, presence, ids=(0, 2)),
         rotary_pct=pct,
         rotary_base=base,
-        activation=activation,
+        activation=activation_named(raw.get("hidden_act") or "gelu"),
         tied_norms=False,
         attention_bias=presence.has(f"{first}attention.query_key_value.bias"),
         mlp_bias=presence.has(f"{first}mlp.dense_h_to_4h.bias"),
@@ -219,10 +222,12 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     return refuse_plain(raw, "gpt_neox") + refusals(checks, neox_only=True)
 
 
-def refuse_plain(raw: Mapping[str, Any], name: str, window: bool = False) -> list[Refusal]:
-    """Refuse what no family with rotary positions, LayerNorm and a plain MLP has in transformers.
+def refuse_plain(
+    raw: Mapping[str, Any], name: str, window: bool = False, positions: str = "rotary"
+) -> list[Refusal]:
+    """Refuse what no family with LayerNorm and a plain MLP has in transformers.
 
-    name: the family. window: whether it has a sliding window.
+    name: the family. window: whether it has a sliding window. positions: its pos_emb.
     """
     pos, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
     kind = raw.get("activation") or "gelu"
@@ -231,8 +236,9 @@ def refuse_plain(raw: Mapping[str, Any], name: str, window: bool = False) -> lis
     checks: tuple[tuple[str, bool, str], ...] = (
         (
             "pos_emb",
-            pos != "rotary",
-            f"{name} in transformers supports only rotary positions, but this model uses {pos!r}",
+            pos != positions,
+            f"{name} in transformers supports only {positions} positions, but this model uses "
+            f"{pos!r}",
         ),
         (
             "norm",

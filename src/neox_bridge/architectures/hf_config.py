@@ -1,12 +1,21 @@
 """What all families share of config.json: RoPE in both spellings, and common refusals."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig, Presence, Refusal
+from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Refusal
 from neox_bridge.architectures.heads import SCORE
 from neox_bridge.architectures.neox_config import Keys
 from neox_bridge.findings import Finding
+
+# the dimensions that config.json states, by their usual keys
+_SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
+
+
+def hf_sizes(architecture: Architecture) -> dict[str, str]:
+    """The dimensions that config.json states, by their keys in this family."""
+    return {architecture.hf_keys.get(key, key): dim for key, dim in _SIZES.items()}
 
 
 def rope_kind(raw: Mapping[str, Any]) -> str:
@@ -17,16 +26,20 @@ def rope_kind(raw: Mapping[str, Any]) -> str:
 
 
 def refuse_hf_common(
-    raw: Mapping[str, Any], base: float, base_key: str, activations: Iterable[str]
+    raw: Mapping[str, Any],
+    base: float,
+    base_key: str,
+    activations: Iterable[str],
+    act_key: str = "hidden_act",
 ) -> list[Refusal]:
     """Refuse what GPT-NeoX does not support in any family.
 
     RotaryEmbedding of GPT-NeoX has only a base and a number of dimensions
     (megatron/model/positional_embeddings.py), and the base is an int (neox_arguments/neox_args.py).
 
-    base, base_key: of RoPE. activations: the supported values of hidden_act, the default first.
+    base, base_key: of RoPE. activations: the supported values of ``act_key``, the default first.
     """
-    scaling, activation, known = rope_kind(raw), raw.get("hidden_act"), list(activations)
+    scaling, activation, known = rope_kind(raw), raw.get(act_key), list(activations)
     checks = (
         (
             scaling != "default",
@@ -36,8 +49,8 @@ def refuse_hf_common(
             "`ignore_keys=rope_scaling`",
         ),
         (
-            raw.get("hidden_act", known[0]) not in known,
-            "hidden_act",
+            raw.get(act_key, known[0]) not in known,
+            act_key,
             f"GPT-NeoX does not support the activation {activation!r}, only {', '.join(known)}",
             "",
         ),
@@ -78,16 +91,17 @@ def hf_fields(
     }
 
 
-def hf_settings(keys: Keys, config: ModelConfig) -> dict[str, Any]:
+def hf_settings(
+    keys: Keys, config: ModelConfig, names: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The keys of config.json that all families have.
 
-    keys: the table of the family. A row with the key "" is not in config.json.
+    keys: the table of the family. A row with the key "" is not in config.json. names: see
+    ``Architecture.hf_keys``.
     """
     return {
         **{hf_key: getattr(config, name) for name, _, hf_key, *_ in keys if hf_key},
-        "vocab_size": config.dims["vocab"],
-        "hidden_size": config.hidden,
-        "intermediate_size": config.dims["ffn"],
+        **{names.get(key, key): config.dims[dim] for key, dim in _SIZES.items()},
         "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,

@@ -23,6 +23,7 @@ from neox_bridge.architectures.base import (
     Weight,
     refusals,
 )
+from neox_bridge.architectures.gpt2 import ARCHITECTURE as GPT2
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.heads import REWARD, RM_LINEAR
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
@@ -484,7 +485,8 @@ def _refuse_neox_source(
         name, why = next(iter(fixed.items()))
         reason = f"{why}, so this model exists on {model.tp} tensor-parallel ranks only"
         return refusals([(name, True, reason)], neox_only=True)
-    plain = STARCODER2 if model.grouped_query else GPT_NEOX
+    learned = (raw.get("pos_emb") or "learned") == "learned"
+    plain = GPT2 if learned else STARCODER2 if model.grouped_query else GPT_NEOX
     near = MAMBA if "mamba" in attention_kinds(raw) else LLAMA if model.gated else plain
     reasons = near.refuse_neox_source(raw)
     what = {

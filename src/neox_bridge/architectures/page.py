@@ -77,7 +77,8 @@ _NEOX_ONLY = (
         "GPT-NeoX",
     ),
     ("grouped queries with any MLP", "num_kv_heads", "GPT-NeoX"),
-    ("learned, sinusoidal and relative positions, ALiBi", "pos_emb", "GPT-NeoX"),
+    ("learned positions in parallel blocks or with RMSNorm", "pos_emb", "GPT-NeoX"),
+    ("sinusoidal and relative positions, ALiBi", "pos_emb", "GPT-NeoX"),
     ("norms on q and k", "use_qk_layernorm", "GPT-NeoX"),
     ("sparse attention, muP", "attention_config, use_mup", "files"),
     ("mixture of experts", "moe_num_experts", "files"),
@@ -115,7 +116,6 @@ transformers 5.24 were compared with the source of GPT-NeoX:
 NOT_YET = {
     "falcon": "biases of zeros would be added; ALiBi is rounded to bfloat16 and scaled there",
     "mpt": "biases of zeros would be added to layers and norms; ALiBi",
-    "gpt2": "learned positions; each matrix is transposed",
     "gpt_bigcode": "learned positions, and one head of k and v",
     "opt": "learned positions from the third row on (`opt_pos_emb_offset: 2`)",
 }

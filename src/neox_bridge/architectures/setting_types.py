@@ -51,18 +51,20 @@ HF = _table(
     {
         _COUNT: """num_hidden_layers hidden_size intermediate_size vocab_size
             max_position_embeddings head_dim sliding_window state_size conv_kernel expand n_layer
-            d_model""",
-        _HEADS: "num_attention_heads num_key_value_heads",
+            d_model n_embd n_inner n_positions""",
+        _HEADS: "num_attention_heads num_key_value_heads n_head",
         _NUMBER: """layer_norm_eps rms_norm_eps layer_norm_epsilon norm_epsilon hidden_dropout
-            resid_pdrop residual_dropout embedding_dropout attention_dropout initializer_range""",
+            resid_pdrop attn_pdrop embd_pdrop residual_dropout embedding_dropout attention_dropout
+            initializer_range""",
         _SHARE: "rotary_pct partial_rotary_factor",
         _BASE: "rotary_emb_base rope_theta",
         _SWITCH: """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias
             use_conv_bias use_qkv_bias qk_layernorm rms_norm residual_in_fp32 use_sliding_window
-            tie_embeddings""",
+            tie_embeddings scale_attn_weights scale_attn_by_inverse_layer_idx
+            reorder_and_upcast_attn add_cross_attention""",
         _MAPPING: "rope_parameters rope_scaling",
         _LIST: "architectures",
-        _NAME: "model_type hidden_act transformers_version torch_dtype dtype",
+        _NAME: "model_type hidden_act activation_function transformers_version torch_dtype dtype",
     }
 )
 NEOX = _table(

@@ -12,6 +12,7 @@ from typing import Any
 
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
+from neox_bridge.architectures.hf_config import hf_sizes
 from neox_bridge.architectures.transformers_limits import llama_ignores
 from neox_bridge.doctor.verdict import Case, another_model, case, convert_into, failure, fix_command
 from neox_bridge.findings import Details, Severity
@@ -28,7 +29,6 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import plural, some
 
 _MASKS = re.compile(r"attention\.(bias|masked_bias)$")
-_SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
 _OLD, _NEW = ("rotary_pct", "rotary_emb_base"), ("partial_rotary_factor", "rope_theta")
 _DEFAULTS = (0.25, 10000.0)  # defaults of GPTNeoXConfig
 
@@ -201,7 +201,7 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
 def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """A size in config.json that the tensors contradict makes load_state_dict fail."""
     dims, raw = checkpoint.config.dims, checkpoint.raw
-    for key, dim in _SIZES.items():
+    for key, dim in hf_sizes(checkpoint.architecture).items():
         setting = raw.get(key)
         if setting is None or setting == dims[dim]:
             continue
@@ -213,6 +213,8 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         )
         have = [dims[d] for d in row.weight.shape]
         want = [setting if d == dim else dims[d] for d in row.weight.shape]
+        if row.weight.transposed:
+            have, want = have[::-1], want[::-1]
         yield failure(
             "config-size",
             f"config.json says {key}: {setting}, and the tensors have {dims[dim]}",

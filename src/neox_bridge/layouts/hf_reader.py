@@ -10,7 +10,7 @@ from typing import Any
 from neox_bridge.architectures import complete, for_hf, form_of
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
-from neox_bridge.architectures.neox_config import number
+from neox_bridge.architectures.hf_config import hf_sizes
 from neox_bridge.architectures.rows import model_rows, table_rows
 from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError, NotOfFamily
@@ -78,10 +78,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     copies = [*aliased, *_renamed(table, stored.copies, unwrapped)]
     inv_freqs = {k: v for k, v in stored.tensors.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
-    if architecture.joined:
-        heads = number("num_attention_heads", raw.get("num_attention_heads") or 1, int)
-        kv_heads = number("num_key_value_heads", raw.get("num_key_value_heads") or heads, int)
-        wholes = split_joined(architecture, wholes, heads, kv_heads, path)
+    wholes = split_joined(architecture, wholes, *architecture.hf_heads(raw), path)
     forms = frozenset(form.name for form in architecture.forms)
     unknown = (
         unknown_in_mamba_ssm(original)
@@ -144,7 +141,7 @@ def checkpoint_of(
     raw: config.json, or its equivalent. Raises BridgeError for missing or contradictory tensors.
     """
     architecture = for_hf(raw)
-    layers = _count_layers(tensors, path, raw)
+    layers = _count_layers(tensors, path, raw, architecture)
     shapes = {
         row.hf: (row.weight, tensors[row.hf].shape)
         for row in table_rows(architecture, layers)
@@ -158,9 +155,10 @@ def checkpoint_of(
     except BridgeError as error:  # the error names the key, but not the folder
         raise type(error)(f"{path}: {error}") from None
     _check_names(architecture, config, tensors, path)
-    check_heads(config, dims, "config.json: num_attention_heads")
+    heads_key = architecture.hf_keys.get("num_attention_heads", "num_attention_heads")
+    check_heads(config, dims, f"config.json: {heads_key}")
     findings = architecture.findings_hf_source(raw, config)
-    findings += _check_sizes(raw, dims)
+    findings += _check_sizes(raw, dims, architecture)
     mismatch = check_inv_freq(config, inv_freqs)
     findings += [mismatch_finding(mismatch)] if mismatch else []
     findings += _remote_code(raw, architecture)
@@ -449,17 +447,20 @@ def _renamed(table: _Table, copies: Iterable[Copy], unwrapped: Unwrapped) -> lis
     return renamed
 
 
-def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> int:
-    matches = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in named)
+def _count_layers(
+    named: Iterable[str], path: str, raw: Mapping[str, Any], architecture: Architecture
+) -> int:
+    matches = (re.search(r"\.(?:layers|h)\.(\d{1,9})\.", key) for key in named)
     layers = max((int(match[1]) for match in matches if match), default=-1) + 1
     if layers > MOST_LAYERS:
         raise BridgeError(
             f"{path} contains tensors of layer {layers - 1}, more layers than any model has."
         )
-    stated = raw.get("num_hidden_layers")
+    count = architecture.hf_keys.get("num_hidden_layers", "num_hidden_layers")
+    stated = raw.get(count)
     if stated is not None and stated != layers:
         raise BridgeError(
-            f"{path}: config.json sets num_hidden_layers: {stated}, but the files contain "
+            f"{path}: config.json sets {count}: {stated}, but the files contain "
             f"{layers} layers. A file is missing, or config.json belongs to another model."
         )
     return layers
@@ -524,10 +525,11 @@ def _check_names(
         )
 
 
-def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[Finding]:
-    sizes = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
-    for key, dim in sizes.items():
-        if key in raw and raw[key] != dims[dim]:
+def _check_sizes(
+    raw: Mapping[str, Any], dims: Mapping[str, int], architecture: Architecture
+) -> Iterator[Finding]:
+    for key, dim in hf_sizes(architecture).items():
+        if raw.get(key) is not None and raw[key] != dims[dim]:
             yield Finding(
                 "config-size",
                 "warning",

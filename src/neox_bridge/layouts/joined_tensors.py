@@ -1,7 +1,7 @@
 """Hugging Face files whose tensors are not the weights of the table.
 
-Some contain several weights (``Architecture.joined``), and some have other rows of q and k
-(``Architecture.paired``).
+Some contain several weights (``Architecture.joined``), some have other rows of q and k
+(``Architecture.paired``), and some are transposed (``Weight.transposed``).
 """
 
 import re
@@ -12,7 +12,7 @@ from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.fused import Fusion, Part
-from neox_bridge.tensors.pieces import Piece, Whole, cut
+from neox_bridge.tensors.pieces import Piece, Whole, cut, transposed
 from neox_bridge.tensors.tensor_ref import TensorRef, row_major
 
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -34,8 +34,13 @@ def split_joined(
         BridgeError: The rows of a tensor are not those of its weights.
     """
     fusion = Fusion(heads, kv_heads, "grouped")
+    flipped = _transposed(architecture)
+    if not flipped and not architecture.joined:
+        return dict(stored)
     weights: dict[str, Whole] = {}
     for name, whole in stored.items():
+        if _pattern(name)[0] in flipped:
+            whole = transposed(whole)
         parts = _parts(architecture, name)
         if not parts:
             weights[name] = whole
@@ -44,9 +49,9 @@ def split_joined(
         counts = [fusion.part_rows(part, rows) for part in parts.values()]
         if sum(counts) != rows or 0 in counts:
             raise BridgeError(
-                f"{path}: {name} has the shape {list(whole.shape)}. Its rows cannot be split into "
-                f"{', '.join(parts.values())} of {heads} heads and {kv_heads} key-value heads. "
-                "config.json belongs to another model."
+                f"{path}: {name} has the shape {list(stored[name].shape)}. Its rows cannot be "
+                f"split into {', '.join(parts.values())} of {heads} heads and {kv_heads} "
+                "key-value heads. config.json belongs to another model."
             )
         first = 0
         for part, count in zip(parts, counts, strict=True):
@@ -83,13 +88,19 @@ def to_stored(
     """The tensors of Hugging Face files, from the weights of a model."""
     weights = _reordered(architecture, config, weights, to_pairs=True)
     stored: dict[str, Whole] = {}
+    flipped = _transposed(architecture)
+    if not flipped and not architecture.joined:
+        return dict(weights)
     for name, whole in weights.items():
         joined = stored_name(architecture, name)
         if joined == name:
             stored[name] = whole
         elif joined not in stored:
             stored[joined] = _joined([weights[part] for part in _parts(architecture, joined)])
-    return stored
+    return {
+        name: transposed(whole) if _pattern(name)[0] in flipped else whole
+        for name, whole in stored.items()
+    }
 
 
 def stored_name(architecture: Architecture, name: str) -> str:
@@ -97,6 +108,11 @@ def stored_name(architecture: Architecture, name: str) -> str:
     pattern, block = _pattern(name)
     joined = architecture.joined_name(pattern)
     return name if joined == pattern else joined.format(i=block)
+
+
+def _transposed(architecture: Architecture) -> set[str]:
+    """The patterns of the names of tensors that are transposed in Hugging Face files."""
+    return {architecture.joined_name(w.hf) for w in architecture.weights if w.transposed}
 
 
 def _parts(architecture: Architecture, name: str) -> dict[str, Part]:

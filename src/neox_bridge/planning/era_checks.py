@@ -68,7 +68,8 @@ def check_era(
         ]
     if layout.mlp_names != era.mlp_names:
         mismatches.append(f"`mlp_names={layout.mlp_names}`, but it expects {era.mlp_names}")
-    rotary = checkpoint.kind == "hf" or checkpoint.raw.get("pos_emb") == "rotary"
+    positions = checkpoint.raw.get("pos_emb") if checkpoint.kind == "neox" else "rotary"
+    rotary = architecture.has_rotary_buffer and positions == "rotary"
     if rotary and layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
         mismatches.append(
             f"`inv_freq={layout.inv_freq}`, but it can only {era.inv_freq} the buffer"

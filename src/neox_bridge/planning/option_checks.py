@@ -139,4 +139,4 @@ def _no_grouped_query() -> UsageError:
 def _has_rotary_buffer(checkpoint: Checkpoint) -> bool:
     if checkpoint.kind == "neox" and checkpoint.raw.get("pos_emb") != "rotary":
         return False
-    return any(weight.split == "derived" for weight in checkpoint.architecture.weights)
+    return checkpoint.architecture.has_rotary_buffer

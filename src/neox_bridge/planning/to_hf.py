@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.architectures.hf_config import hf_sizes
 from neox_bridge.architectures.rows import model_rows
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import layout_safetensors
@@ -280,7 +281,10 @@ def _config_json(
     originals = {key: original[key] for key in forms & set(original)}
     original = {key: value for key, value in original.items() if key not in forms}
     # keys that depend on this output and not on the model
-    again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
+    again = ["dtype", "torch_dtype"]
+    # a size that the original states as it is keeps its spelling
+    sizes = hf_sizes(architecture).items()
+    again += [key for key, dim in sizes if original.get(key) != config.dims[dim]]
     rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
     # the tensors decide about the head, even if the record describes the model before training
     head = (

@@ -192,7 +192,8 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
     source_era = state or TODAY
     mlp_names = options.mlp_names or (era or source_era).mlp_names
     inv_freq = options.inv_freq or (era or source_era).inv_freq
-    if checkpoint.kind == "neox" and checkpoint.raw.get("pos_emb") != "rotary":
+    positions = checkpoint.raw.get("pos_emb") if checkpoint.kind == "neox" else "rotary"
+    if positions != "rotary" or not checkpoint.architecture.has_rotary_buffer:
         inv_freq = "omit"
     raw = checkpoint.raw if state else {}
     fits = era or fitting(mlp_names, inv_freq, raw)

@@ -149,6 +149,32 @@ def scaled(whole: Whole, scale: float) -> Whole:
     return replace(whole, pieces=pieces, shards=(), parts=parts)
 
 
+def transposed(whole: Whole) -> Whole:
+    """The tensor with its dimensions in reverse order. It has no ``shards``."""
+    pieces = tuple(
+        Piece(
+            _reversed(piece.source),
+            piece.start[::-1],
+            piece.to[::-1],
+            piece.shape[::-1],
+            piece.fill,
+            piece.scale,
+        )
+        for piece in whole.pieces
+    )
+    return replace(whole, shape=whole.shape[::-1], pieces=pieces, shards=(), parts=())
+
+
+def _reversed(ref: TensorRef | None) -> TensorRef | None:
+    """The same bytes, read with the dimensions in reverse order."""
+    if ref is None:
+        return None
+    strides = (ref.strides or row_major(ref.shape))[::-1]
+    shape = ref.shape[::-1]
+    contiguous = is_contiguous(shape, strides)
+    return TensorRef(ref.file, ref.offset, ref.dtype, shape, None if contiguous else strides)
+
+
 def whole_of(ref: TensorRef) -> Whole:
     """A source tensor as a whole tensor."""
     return Whole(ref.dtype, ref.shape, (box(ref),))

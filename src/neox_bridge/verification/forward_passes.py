@@ -5,8 +5,8 @@ use transformers. Everything is computed in float32, to separate differences of 
 rounding.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,10 @@ from neox_bridge.verification.reference import Stage, replaced
 
 Stages = Generator[Stage, Tensor | None, None]
 Settings = Mapping[str, Any]
+# the names of modules in the classes of transformers
+_FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
+_LAYERS = ("layers", "h")
+_ATTENTIONS = ("attention", "self_attn", "attn")
 # reference settings that replace the checkpoint's; not used for Hugging Face checkpoints
 ForwardPass = Callable[[Settings], Stages]
 
@@ -188,15 +192,17 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
                     if value is not None:
                         owner._parameters[leaf] = nn.Parameter(value.to("meta"), False)
 
-    body = model.base_model
-    norms = (getattr(body, name, None) for name in ("final_layer_norm", "norm"))
-    final = next(filter(None, norms), None)
-    if final is None:
+    body = getattr(model.base_model, "decoder", model.base_model)
+    final, layers = _part(body, _FINAL_NORMS), _part(body, _LAYERS)
+    if final is None or layers is None:
         raise _uncovered(checkpoint, f"{checkpoint.architecture.hf_class} is not supported")
-    with loaded(model.get_input_embeddings()):
-        x, calls = _calls(body, tokens)
+    with ExitStack() as embedded:
+        for module in body.children():
+            if module not in (final, layers):
+                embedded.enter_context(loaded(module))
+        x, calls = _calls(body, layers, tokens)
     x = replaced((yield Stage("embeddings", x)), x)
-    for number, (layer, (args, keywords)) in enumerate(zip(body.layers, calls, strict=True)):
+    for number, (layer, (args, keywords)) in enumerate(zip(layers, calls, strict=True)):
         with loaded(layer), _recording(layer) as parts:
             x = _first(layer(x, *args, **keywords))
         x = replaced((yield Stage(f"layer {number}", x, dict(parts))), x)
@@ -207,6 +213,11 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
     with loaded(head):
         x = head(x)
     yield Stage("logits", x.float())
+
+
+def _part(body: Any, names: Iterable[str]) -> Any:
+    """The module that has one of these names; None if there is none."""
+    return next((part for name in names if (part := getattr(body, name, None)) is not None), None)
 
 
 def _stored(checkpoint: Checkpoint, tensors: Mapping[str, Whole], name: str) -> Whole:
@@ -228,7 +239,7 @@ class _Reached(Exception):
 
 
 def _calls(
-    body: Any, tokens: Tensor
+    body: Any, layers: Any, tokens: Tensor
 ) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """The input of the first layer and the arguments of each layer, without running them."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -238,18 +249,18 @@ def _calls(
         hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else args[0]
         inputs.append(hidden)
         calls.append((args[1:], keywords))
-        if len(calls) == len(body.layers):
+        if len(calls) == len(layers):
             raise _Reached
         return (hidden,)  # older versions of transformers use the first element of a layer's output
 
     try:
-        for layer in body.layers:
+        for layer in layers:
             layer.forward = stub
         body(input_ids=tokens, use_cache=False)
     except _Reached:
         pass
     finally:
-        for layer in body.layers:
+        for layer in layers:
             del layer.forward
     return inputs[0], calls
 
@@ -257,7 +268,7 @@ def _calls(
 @contextmanager
 def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
     """Record the outputs of the attention and MLP of a layer."""
-    attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+    attention = _part(layer, _ATTENTIONS)
     parts: dict[str, Tensor] = {}
 
     def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:

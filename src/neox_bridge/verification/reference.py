@@ -39,7 +39,7 @@ _GATED = ("geglu", "reglu", "bilinear", "swiglu", "glu")
 # settings that change the forward pass: the default of GPT-NeoX (neox_arguments/), and the values
 # that are supported here
 _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
-    "pos_emb": ("learned", ("rotary", "none")),
+    "pos_emb": ("learned", ("rotary", "learned", "none")),
     "norm": ("layernorm", ("layernorm", "rmsnorm", "non_parametric_layernorm")),
     "activation": ("gelu", tuple(_ACTIVATIONS)),
     "use_qk_layernorm": (False, (False,)),
@@ -131,6 +131,8 @@ def stages(
     tied = not config.get("no_weight_tying")
     head = "0.word_embeddings.weight" if tied else f"{layers + 4}.final_linear.weight"
     x = _embed(ranks, tokens)
+    if (config.get("pos_emb") or "learned") == "learned":
+        x = x + _positions(ranks[0]["0.position_embeddings.weight"], config, tokens.shape[1])
     spec = _read_spec(config, len(ranks), x)
     x = replaced((yield Stage("embeddings", x)), x)
     for index in range(2, layers + 2):
@@ -212,6 +214,14 @@ def _embed(ranks: Sequence[Rank], tokens: Tensor) -> Tensor:
         parts.append(part.masked_fill(elsewhere[..., None], 0.0))
         start += shard.shape[0]
     return _reduce(parts)
+
+
+def _positions(table: Tensor, config: Config, length: int) -> Tensor:
+    """The rows of the learned positions [s, h] (model/word_embeddings.py, Embedding.forward)."""
+    first = int(config.get("opt_pos_emb_offset") or 0)
+    if first + length > table.shape[0]:
+        raise ValueError(f"tokens: {length} are more than the {table.shape[0] - first} positions")
+    return table[first : first + length]
 
 
 def _reduce(parts: Sequence[Tensor], in_fp32: bool = False) -> Tensor:

@@ -1,0 +1,276 @@
+"""Families with learned positions, both ways: bits, logits, names, and what can't be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_logits
+import torch
+from checkpoint_edits import edit_yml
+from common import (
+    assert_same,
+    convert,
+    hf_logits,
+    hf_tensors,
+    make_hf,
+    neox_config,
+    neox_ranks,
+    plan_of,
+    step_of,
+)
+from safetensors.torch import load_file, save_file
+
+from neox_bridge.api import open_checkpoint
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.frameworks.eras import LATER_ERAS, era_named
+from neox_bridge.verification.logits import compare_logits
+from neox_bridge.verification.tokens import read_tokens
+from neox_bridge.verification.verify import verify
+
+# family, settings of its config, settings of the yml
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("gpt2", {}, {"activation": "gelu", "bias_gelu_fusion": True, "pos_emb": "learned"}),
+    (
+        "gpt2",
+        {"tie_word_embeddings": False, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
+        {"activation": "gelu", "bias_gelu_fusion": False, "no_weight_tying": True},
+    ),
+    ("gpt2", {"n_inner": 120, "activation_function": "relu"}, {"intermediate_size": 120}),
+]
+IDS = [f"{family}{number}" for number, (family, *_) in enumerate(CASES)]
+TOKENS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
+def logits_of(root: Path) -> torch.Tensor:
+    return reference_logits.forward(neox_ranks(root), neox_config(root), TOKENS)[..., :300]
+
+
+@pytest.mark.parametrize("era", [era.name for era in LATER_ERAS])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize(("family", "config", "meaning"), CASES, ids=IDS)
+def test_both_ways(
+    family: str,
+    config: dict[str, Any],
+    meaning: dict[str, Any],
+    tp: int,
+    era: str,
+    tmp_path: Path,
+) -> None:
+    hf = make_hf(tmp_path / "hf", family=family, **config)
+    if config.get("n_inner") and era in ("2024-03", "2024-09"):
+        with pytest.raises(Refused, match="intermediate_size: 120"):
+            plan_of(hf, tmp_path / "neox", era=era_named(era))
+        return
+    layout = {"layout": "ranks"} if tp == 2 else {"pp": 2}
+    plan = convert(hf, tmp_path / "neox", tp=tp, era=era_named(era), **layout)
+    assert plan.findings == ()
+    yml = neox_config(tmp_path / "neox")
+    assert {key: yml.get(key) for key in meaning} == meaning
+    assert "rotary_save_freqs_buffer" not in yml
+    for rank in neox_ranks(tmp_path / "neox"):
+        assert rank["0.position_embeddings.weight"].shape == (32, 48)
+    assert float((logits_of(tmp_path / "neox") - hf_logits(hf, TOKENS)).abs().max()) <= 1e-5
+    first, second = open_checkpoint(str(hf)), open_checkpoint(str(tmp_path / "neox"))
+    assert verify(first, second).holds
+    convert(tmp_path / "neox", tmp_path / "back")
+    assert_same(hf_tensors(hf), hf_tensors(tmp_path / "back"))
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    original = json.loads((hf / "config.json").read_text())
+    assert {key: written.get(key) for key in original} == original
+
+
+@pytest.mark.parametrize(("family", "config", "_meaning"), CASES, ids=IDS)
+def test_without_a_record_the_tensors_and_the_yml_tell(
+    family: str, config: dict[str, Any], _meaning: dict[str, Any], tmp_path: Path
+) -> None:
+    hf = make_hf(tmp_path / "hf", torch.float16, family=family, **config)
+    convert(hf, tmp_path / "neox", tp=2)
+    (step_of(tmp_path / "neox") / "neox_bridge.json").unlink()
+    convert(tmp_path / "neox", tmp_path / "other", to="neox", tp=3, layout="ranks")
+    convert(tmp_path / "other", tmp_path / "back", vocab_rows=300)
+    assert_same(hf_tensors(hf), hf_tensors(tmp_path / "back"))
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["model_type"] == family
+    assert float((hf_logits(tmp_path / "back", TOKENS) - hf_logits(hf, TOKENS)).abs().max()) == 0
+
+
+@pytest.mark.parametrize(("family", "config", "_meaning"), CASES, ids=IDS)
+def test_verify_computes_their_logits(
+    family: str, config: dict[str, Any], _meaning: dict[str, Any], tmp_path: Path
+) -> None:
+    hf = make_hf(tmp_path / "hf", family=family, **config)
+    convert(hf, tmp_path / "neox", tp=2)
+    pair = open_checkpoint(str(hf)), open_checkpoint(str(tmp_path / "neox"))
+    compared = compare_logits(*pair, read_tokens(None, pair).tokens)
+    assert compared.agrees
+    assert compared.relative <= 1e-6
+
+
+def test_a_head_has_its_rows_of_q_k_and_v(tmp_path: Path) -> None:
+    """c_attn is transposed and has all of q, then all of k, then all of v."""
+    hf = make_hf(tmp_path / "hf", family="gpt2")
+    convert(hf, tmp_path / "neox", tp=2)
+    columns = hf_tensors(hf)["transformer.h.1.attn.c_attn.weight"].T.reshape(3, 12, 4, 48)
+    for rank, tensors in enumerate(neox_ranks(tmp_path / "neox")):
+        heads = tensors["3.attention.query_key_value.weight"].reshape(6, 3, 4, 48)
+        assert torch.equal(heads, columns[:, 6 * rank : 6 * rank + 6].transpose(0, 1))
+
+
+def test_files_of_the_bare_model_and_the_usual_keys(tmp_path: Path) -> None:
+    """The first GPT-2 on the Hub has no prefix, and stores its causal masks."""
+    hf = make_hf(tmp_path / "hf", family="gpt2")
+    old = make_hf(tmp_path / "old", family="gpt2")
+    tensors = {name.removeprefix("transformer."): t for name, t in hf_tensors(hf).items()}
+    masks = {f"h.{n}.attn.bias": torch.ones(1, 1, 32, 32) for n in range(2)}
+    stored(old, {**tensors, **masks})
+    raw = json.loads((old / "config.json").read_text())
+    usual = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    raw = {usual.get(key, key): value for key, value in raw.items()}
+    del raw["tie_word_embeddings"]  # true by default
+    (old / "config.json").write_text(json.dumps(raw))
+    plan = convert(old, tmp_path / "neox")
+    assert {dropped.name for dropped in plan.dropped} == set(masks)
+    convert(tmp_path / "neox", tmp_path / "back")
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(hf))
+
+
+def test_biases_that_transformers_always_has_are_zeros(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="gpt2")
+    tensors = hf_tensors(hf)
+    for name, tensor in tensors.items():
+        if ".attn." in name and name.endswith(".bias"):
+            tensor.zero_()
+    stored(hf, tensors)
+    convert(hf, tmp_path / "neox", tp=2)
+    step = step_of(tmp_path / "neox")
+    for path in step.glob("layer_*"):
+        rank = torch.load(path, weights_only=False)
+        rank = {name: tensor for name, tensor in rank.items() if not is_attention_bias(name)}
+        torch.save(rank, path)
+    edit_yml(use_bias_in_attn_linear=False)(step)
+    plan = convert(tmp_path / "neox", tmp_path / "back")
+    added = next(f for f in plan.findings if f.code == "biases-added")
+    assert added.message.startswith("8 biases")
+    assert "gpt2 in transformers" in added.message
+    written = hf_tensors(tmp_path / "back")
+    assert {name: t for name, t in written.items() if (t != tensors[name]).any()} == {}
+
+
+def is_attention_bias(name: str) -> bool:
+    return name.startswith("attention.") and name.endswith(".bias")
+
+
+def test_optimizer_states_have_the_form_of_the_weights(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from neox_bridge.cli.app import app
+
+    hf = make_hf(tmp_path / "hf", family="gpt2")
+    convert(hf, tmp_path / "neox", tp=2, optimizer="fresh")
+    run, states, other = (str(tmp_path / name) for name in ("neox", "states", "other"))
+    for words in (
+        ["export-optimizer", run, states],
+        ["reshard", run, other, "--states", states, "--tp", "3"],
+        ["export-optimizer", other, str(tmp_path / "again")],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    for folder in ("states", "again"):
+        masters = load_file(tmp_path / folder / "master.safetensors")
+        rows = {n: t[:300] if n.endswith("wte.weight") else t for n, t in masters.items()}
+        assert_same(rows, hf_tensors(hf))
+    named = json.loads((tmp_path / "states" / "optimizer.json").read_text())["groups"]
+    assert {name for group in named for name in group["tensors"]} == set(hf_tensors(hf))
+
+
+def test_a_tensor_that_its_parts_cannot_share(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="gpt2")
+    tensors = hf_tensors(hf)
+    name = "transformer.h.0.attn.c_attn.weight"
+    stored(hf, {**tensors, name: torch.zeros(48, 145)})
+    with pytest.raises(BridgeError, match=r"c_attn\.weight has the shape \[48, 145\]"):
+        open_checkpoint(str(hf))
+    stored(hf, {**tensors, name: torch.zeros(48)})
+    with pytest.raises(BridgeError, match=r"c_attn\.weight \(q\) has the shape \[16\]"):
+        open_checkpoint(str(hf))
+    del tensors[name]
+    stored(hf, tensors)
+    with pytest.raises(BridgeError, match=r"missing: transformer\.h\.0\.attn\.c_attn\.weight"):
+        open_checkpoint(str(hf))
+
+
+def test_another_dropout_of_the_embeddings_is_told(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="gpt2", embd_pdrop=0.0)
+    (finding,) = plan_of(hf, tmp_path / "neox").findings
+    assert finding.code == "embedding-dropout"
+    assert "embd_pdrop: 0.0" in finding.message
+    convert(hf, tmp_path / "neox")
+    assert neox_config(tmp_path / "neox")["hidden_dropout"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"reorder_and_upcast_attn": True}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("gpt2", {"activation_function": "tanh"}),
+    ],
+)
+def test_what_gpt_neox_has_not_is_refused(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    hf = edited(make_hf(tmp_path / "hf", family=family), **changes)
+    with pytest.raises(Refused, match=next(iter(changes))):
+        plan_of(hf, tmp_path / "out")
+
+
+def test_sizes_that_config_json_states_wrongly_are_corrected(tmp_path: Path) -> None:
+    hf = edited(make_hf(tmp_path / "hf", family="gpt2"), n_inner=100)
+    assert [f.code for f in open_checkpoint(str(hf)).findings] == ["config-size"]
+    convert(hf, tmp_path / "again", to="hf")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["n_inner"] is None
+    edited(hf, n_layer=3, n_inner=None)
+    with pytest.raises(BridgeError, match="n_layer: 3, but the files contain 2"):
+        open_checkpoint(str(hf))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"opt_pos_emb_offset": 2},
+        {"attention_config": [[["local"], 2]]},
+        {"use_mup": True},
+        {"gpt_j_residual": True},
+    ],
+)
+def test_what_transformers_has_not_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """And moves between layouts of GPT-NeoX."""
+    hf = make_hf(tmp_path / "hf", family="gpt2")
+    convert(hf, tmp_path / "neox", tp=2)
+    step = step_of(tmp_path / "neox")
+    (step / "neox_bridge.json").unlink()
+    edit_yml(**changes)(step)
+    with pytest.raises(Refused, match=next(iter(changes))):
+        plan_of(tmp_path / "neox", tmp_path / "out", to="hf")
+    convert(tmp_path / "neox", tmp_path / "one", to="neox", tp=1)
+    (rank,) = neox_ranks(tmp_path / "one")
+    assert torch.equal(
+        rank["0.position_embeddings.weight"], hf_tensors(hf)["transformer.wpe.weight"]
+    )
