@@ -448,6 +448,9 @@ def diff(
 def diagnose(checkpoint: str | Checkpoint, target: str | None = None) -> "Examination":
     """Diagnose a checkpoint: what wrote it, what is wrong with it, and whether a target loads it.
 
+    A Hugging Face repository of any family is diagnosed by its files and settings, also if some are
+    damaged or missing.
+
     Examples:
         >>> import neox_bridge
         >>> neox_bridge.diagnose("pythia-neox", "today").loads
@@ -460,15 +463,19 @@ def diagnose(checkpoint: str | Checkpoint, target: str | None = None) -> "Examin
 
     Returns:
         What is known, with ``findings`` and ``loads``. A finding of severity "error" means that the
-        checkpoint does not load, or loads as a different model.
+        checkpoint does not load, or loads as a different model. ``error`` is what the other
+        functions raise for a repository with damaged or missing files.
 
     Raises:
         BridgeError: The checkpoint cannot be opened, or there is no such target.
     """
-    from neox_bridge.doctor.examination import examine
+    from neox_bridge.doctor.examination import examine, examine_path
     from neox_bridge.frameworks.targets import target_named
 
-    return examine(_opened(checkpoint), target_named(target) if target is not None else None)
+    wanted = target_named(target) if target is not None else None
+    if isinstance(checkpoint, str):
+        return examine_path(checkpoint, open_checkpoint, wanted)
+    return examine(checkpoint, wanted)
 
 
 def audit(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from neox_bridge.doctor.compare import Answer, Row
     from neox_bridge.doctor.examination import Examination
     from neox_bridge.doctor.fix_changes import FileChange
+    from neox_bridge.doctor.repository import Repository
+    from neox_bridge.findings import Finding
     from neox_bridge.frameworks.targets import Target
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.planning.plan import Plan
@@ -157,15 +159,17 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
             _print_advice(advice, paths)
             advice = None
     if options.fixes:
-        report["fixed"] = _fix(_open(paths[0], reading), options, bool(reading.configs), as_json)
+        report["fixed"] = _fix_any(paths[0], reading, options, as_json)
         if as_json:
             print_json(report)
         return
     report.setdefault("checkpoints", [])
     loads = True
+    damaged: list[BridgeError] = []
     for number, path in enumerate(paths):
         examination = _examine(path, reading, options)
         loads = loads and examination.loads
+        damaged += [examination.error] if examination.error is not None else []
         report["checkpoints"].append(examination.facts())
         if not as_json:
             if advice is not None and not is_among(advice, examination.findings):
@@ -176,6 +180,9 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
             _print(examination, path)
     if as_json:
         print_json(report)
+    if damaged:
+        sys.stdout.flush()
+        raise damaged[0]
     if not loads:
         sys.stdout.flush()
         raise click.exceptions.Exit(_FAILS)
@@ -233,10 +240,13 @@ def _problem(paths: Sequence[str], reading: Source, options: DoctorOptions) -> B
 
 
 def _examine(path: str, reading: Source, options: DoctorOptions) -> Examination:
-    from neox_bridge.doctor.examination import examine, examine_unopened
+    from neox_bridge.doctor.examination import examine_path
+
+    def open_it(path: str) -> Checkpoint:
+        return _open(path, reading)
 
     try:
-        checkpoint = _open(path, reading)
+        return examine_path(path, open_it, options.target, with_comparison=options.compare)
     except BridgeError:
         if os.path.isdir(os.path.join(path, "megatron")):
             word = shlex.quote(path)
@@ -245,34 +255,25 @@ def _examine(path: str, reading: Source, options: DoctorOptions) -> Examination:
                 f"it: neox-bridge doctor CHECKPOINT --for neox:{word}. To let it load checkpoints "
                 f"with and without inv_freq: neox-bridge patch {word}"
             ) from None
-        examination = examine_unopened(path, options.target)
-        if examination is None:
-            raise
-        return examination
-    return examine(checkpoint, options.target, with_comparison=options.compare)
+        raise
 
 
 def _print(examination: Examination, path: str) -> None:
     """The problems of a checkpoint as blocks, and where it loads. path: as the user wrote it."""
     print_line(path)
     main, verdicts = examination.main, examination.verdicts
-    findings = list(examination.findings)
-    if errors := [finding for finding in findings if finding.severity == "error"]:
-        details = [finding.details for finding in errors]
-        rows = [
-            *evidence_rows(details),
-            *cause_rows(finding.details.why or finding.message for finding in errors),
-            *way_out_rows(
-                [finding.remedy for finding in errors if finding.remedy],
-                [other for one in details for other in one.others],
-                [link for one in details for link in one.more],
-            ),
-        ]
-        print_block(f"error: {path} {main.headline}", rows)
-    for finding in findings[len(errors) :]:
-        steps = [finding.remedy] if finding.remedy else []
-        rows = list(way_out_rows(steps, finding.details.others, finding.details.more))
-        print_block(f"{finding.severity}: {finding.message}", rows)
+    errors = [finding for finding in examination.findings if finding.severity == "error"]
+    if examination.read_by == "names":
+        print_line("read by names, shapes and settings, not by a family")
+        _print_findings(examination.findings)
+    else:
+        if examination.kind == "hf":
+            print_line(f"read by the family {examination.family}")
+        _print_as_one(f"error: {path} {main.headline}", errors)
+        for finding in examination.findings[len(errors) :]:
+            steps = [finding.remedy] if finding.remedy else []
+            rows = way_out_rows(steps, finding.details.others, finding.details.more)
+            print_block(f"{finding.severity}: {finding.message}", rows)
     shown: dict[str, str] = {}
     for verdict in verdicts:
         before = shown.setdefault(verdict.message, verdict.target)
@@ -287,6 +288,36 @@ def _print(examination: Examination, path: str) -> None:
     if examination.comparison is not None:
         print()
         _print_comparison(examination.comparison)
+
+
+def _print_as_one(headline: str, errors: Sequence[Finding]) -> None:
+    """Print the errors of a family's checkpoint as one block: one command fixes all of them."""
+    if not errors:
+        return
+    details = [finding.details for finding in errors]
+    rows = [
+        *evidence_rows(details),
+        *cause_rows(finding.details.why or finding.message for finding in errors),
+        *way_out_rows(
+            [finding.remedy for finding in errors if finding.remedy],
+            [other for one in details for other in one.others],
+            [link for one in details for link in one.more],
+        ),
+    ]
+    print_block(headline, rows)
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """Print each finding as a block: they are about different files."""
+    for finding in findings:
+        details = finding.details
+        steps = [finding.remedy] if finding.remedy else []
+        rows = [
+            *evidence_rows([details]),
+            *cause_rows([details.why] if details.why else []),
+            *way_out_rows(steps, details.others, details.more),
+        ]
+        print_block(f"{finding.severity}: {finding.message}", rows)
 
 
 def _print_comparison(rows: Sequence[Row]) -> None:
@@ -360,6 +391,69 @@ def _print_advice(advice: Advice, paths: Sequence[str]) -> None:
     print_block(f"error: {path or 'the checkpoint'} does not load{where}", rows)
 
 
+def _fix_any(
+    path: str, reading: Source, options: DoctorOptions, as_json: bool
+) -> dict[str, Any] | None:
+    """Fix a checkpoint of a known family, or else the index of a repository."""
+    from neox_bridge.doctor.examination import repository_at
+
+    try:
+        checkpoint = _open(path, reading)
+    except UsageError:
+        raise
+    except BridgeError as error:
+        repository = repository_at(path, error)
+        if repository is None:
+            raise
+    else:
+        facts = _fix(checkpoint, options, bool(reading.configs), as_json)
+        if facts is not None or checkpoint.kind == "neox":
+            return facts
+        repository = repository_at(path)
+    facts = _fix_index(repository, options, as_json) if repository is not None else None
+    if facts is None and not as_json:
+        print_line(f"nothing to fix: {repository.model.path if repository is not None else path}")
+    return facts
+
+
+def _fix_index(
+    repository: Repository, options: DoctorOptions, as_json: bool
+) -> dict[str, Any] | None:
+    """Write the indexes of shards again; None if they are right."""
+    from neox_bridge.doctor.fix_index import index_checker, plan_index_fix
+    from neox_bridge.execution.execute import execute
+    from neox_bridge.planning.option_checks import check_outside
+    from neox_bridge.planning.report import remarks
+
+    path = repository.model.path
+    where = options.fix or os.path.realpath(path)
+    if options.fix is not None:
+        check_outside([path], options.fix, "fix")
+    fix = plan_index_fix(repository, in_place=options.in_place)
+    if fix is None:
+        return None
+    if not as_json:
+        _print_changes(fix.plan, fix.changes)
+    facts = {
+        "path": os.path.abspath(where),
+        "files": len(fix.plan.files),
+        "changes": [asdict(change) for change in fix.changes],
+        **remarks(fix.plan),
+    }
+    if options.dry_run:
+        if not as_json:
+            print_line(f"nothing written: {where}")
+        return facts
+    with writing(where):
+        check = index_checker(repository)
+        result = execute(fix.plan, options.fix or path, check=check, in_place=options.in_place)
+    tell_findings(result.findings, quiet=False)
+    if not as_json:
+        count = sum(file.copy_of is None for file in fix.plan.files)
+        print_line(f"fixed {where}: {count} of {len(fix.plan.files)} files rewritten")
+    return facts
+
+
 def _fix(
     checkpoint: Checkpoint, options: DoctorOptions, given_yml: bool, as_json: bool
 ) -> dict[str, Any] | None:
@@ -386,7 +480,7 @@ def _fix(
         given_yml=given_yml,
     )
     if plan is None:
-        if not as_json:
+        if not as_json and checkpoint.kind == "neox":
             print_line(f"nothing to fix: {checkpoint.path}")
         return None
     where = options.fix or fixes.replaced(checkpoint)

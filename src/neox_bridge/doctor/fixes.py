@@ -140,7 +140,7 @@ def _fix_hf(
     if ignore_keys or not checkpoint.record:
         kept.append(new[RECORD])
         skipped.add(RECORD)
-    files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
+    files = [*kept, *other_files(checkpoint.path, lambda path: path in skipped)]
     return replace(plan, files=tuple(files), notes=())
 
 
@@ -329,7 +329,7 @@ def _neox_files(
         changed = {"layer_": rewrite, "mp_rank_": remeta, "configs/": yml is not None}
         return path in gone or any(path.startswith(k) and v for k, v in changed.items())
 
-    old = _others(state.folder, replaced)
+    old = other_files(state.folder, replaced)
     files += [replace(file, path=f"{name}/{file.path}") for file in old]
     record = [f"{name}/{RECORD}"] if RECORD in gone else []
     above = [path for path in new if not path.startswith(f"{name}/")]
@@ -358,7 +358,7 @@ def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
     return replace(plan, files=files, target={**plan.target, "step": state.step})
 
 
-def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
+def other_files(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
     """Copies of all files below a folder, except those to skip (by relative path)."""
     for path, size in walk(folder):
         inside = path[len(os.path.join(folder, "")) :]
@@ -389,7 +389,7 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
     folder = replaced(checkpoint)
     prefix = f"{state.step}/" if state is not None else ""
     files = tuple(file for file in plan.files if file.path.startswith(prefix))
-    if lost := list(_not_copied(folder)):
+    if lost := list(not_copied(folder)):
         raise Refused(
             f"{folder} contains what the fixed copy would not, so it is not replaced: "
             f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=True`."
@@ -402,8 +402,8 @@ def replaced(checkpoint: Checkpoint) -> str:
     return os.path.realpath(checkpoint.neox.folder if checkpoint.neox else checkpoint.path)
 
 
-def _not_copied(folder: str) -> Iterator[str]:
-    """The files that ``_others`` skips: links to folders, empty folders, .git, special files."""
+def not_copied(folder: str) -> Iterator[str]:
+    """What ``other_files`` skips: links to folders, empty folders, .git, special files."""
     for parent, folders, names in os.walk(folder):
         for name in folders:
             path = os.path.join(parent, name)

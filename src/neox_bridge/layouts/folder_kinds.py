@@ -157,18 +157,24 @@ def shards_without_index(path: str) -> list[str] | None:
 
 def unfinished_download(path: str) -> str:
     """A sentence on files that a download left unfinished; empty if there are none."""
-    names = [name for name in list_folder(path) if name.endswith(_UNFINISHED)]
-    if not is_local(path):
-        return ""
-    cache = os.path.join(path, ".cache", "huggingface", "download")
-    if os.path.isdir(cache):
-        names += [name for name in sorted(os.listdir(cache)) if name.endswith(".incomplete")]
+    names = unfinished_files(path)
     if not names:
         return ""
     return (
         f"A download into this folder did not finish ({some(names, 2)}). Run the same download "
         "again to continue it."
     )
+
+
+def unfinished_files(path: str) -> list[str]:
+    """The names of the files that a download into a folder left unfinished."""
+    if not is_local(path):
+        return []
+    names = [name for name in list_folder(path) if name.endswith(_UNFINISHED)]
+    cache = os.path.join(path, ".cache", "huggingface", "download")
+    if os.path.isdir(cache):
+        names += [name for name in sorted(os.listdir(cache)) if name.endswith(".incomplete")]
+    return names
 
 
 # of each kind: what the folder is, and the way out; None for other folders

@@ -57,7 +57,7 @@ def open_any(
     except (Refused, ForeignFolder, NotOfFamily) as error:
         if isinstance(error, QuantizedModel) and error.model and error.model.kind == "neox":
             return _with_place(of_quantized(error.model, str(error)), source, place)
-        if not _is_stored(place.path, error):
+        if not is_repository(place.path, error):
             raise
         model = open_stored(place.path, str(error), place.revision)
         if model is None:
@@ -119,8 +119,8 @@ def _with_place(model: StoredModel, source: str, place: Place) -> StoredModel:
     return replace(model, source=source, hub_repo=place.repo, findings=findings)
 
 
-def _is_stored(path: str, error: BridgeError) -> bool:
-    """Whether a folder that is no model of a family may be a repository of weights."""
+def is_repository(path: str, error: BridgeError | None) -> bool:
+    """Whether a folder may be a repository of weights. error: why it is no model of a family."""
     if not isdir(path):
         return False
     names = list_folder(path)

@@ -176,7 +176,7 @@ def quantization_of(
     method, proof = _by_names(names, tensors)
     odd = [n for n in tensors if n in weights and tensors[n].dtype not in FLOATING]
     odd += [n for n in names if tensors[n].dtype == "float8_e8m0fnu"]
-    settings, where = _settings(path, config)
+    settings, where = settings_of(path, config)
     if not proof and (odd and settings is not None):
         proof = odd
     if not proof and odd:
@@ -245,8 +245,8 @@ def _by_names(names: Iterable[str], tensors: Mapping[str, TensorRef]) -> tuple[s
     return "", []
 
 
-def _settings(path: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
-    """The settings of a quantization, and where they stand."""
+def settings_of(path: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str]:
+    """The settings of a quantization, and where they stand; (None, "") if there are none."""
     for key in CONFIG_KEYS:
         if settings_quantize(config.get(key)):
             value = config[key]

@@ -47,7 +47,7 @@ def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | Non
     """
     path = absolute(path)
     left: list[str] = []
-    places = list(_places(path, "", 0, left))
+    places = list(_places(path, left))
     pickled = all(one.pickled for _, _, one in places)
     components: list[Component] = []
     findings: list[Finding] = []
@@ -85,26 +85,36 @@ def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | Non
         tokenizer=tokenizer_files(path),
         revision=revision,
     )
-    return replace(model, quantization=_quantization(model, classes))
+    return replace(model, quantization=quantization_as_stored(model, classes))
 
 
-def _places(
-    folder: str, below: str, depth: int, left: list[str]
-) -> Iterator[tuple[str, str, WeightSet]]:
+def _places(path: str, left: list[str]) -> Iterator[tuple[str, str, WeightSet]]:
     """Every set of weights, with its folder and the path of that folder below the repository."""
-    names = list_folder(folder)
-    for one in weight_sets(folder, names):
-        yield folder, below, one
+    for folder, below in weight_folders(path, left):
+        for one in weight_sets(folder, list_folder(folder)):
+            yield folder, below, one
+
+
+def weight_folders(path: str, left: list[str] | None = None) -> Iterator[tuple[str, str]]:
+    """The folders of a repository that may contain weights, with their paths below it.
+
+    left: gets the folders of other steps, which do not count.
+    """
+    yield from _folders(path, "", 0, [] if left is None else left)
+
+
+def _folders(folder: str, below: str, depth: int, left: list[str]) -> Iterator[tuple[str, str]]:
+    yield folder, below
     if depth == _DEPTH:
         return
-    for name in names:
+    for name in list_folder(folder):
         inner = os.path.join(folder, name)
         if name.startswith((".", "_")) or "." in name or not isdir(inner):
             continue
         if NUMBERED.fullmatch(name):
             left.append(os.path.join(below, name))
         else:
-            yield from _places(inner, os.path.join(below, name), depth + 1, left)
+            yield from _folders(inner, os.path.join(below, name), depth + 1, left)
 
 
 def read_component(
@@ -243,7 +253,7 @@ def _findings(
         )
 
 
-def _quantization(model: StoredModel, classes: Mapping[str, str]) -> Quantization | None:
+def quantization_as_stored(model: StoredModel, classes: Mapping[str, str]) -> Quantization | None:
     """How the weights are quantized. Weights are told from other tensors by their names.
 
     One tensor of each pattern is looked at, since there may be a hundred thousand.

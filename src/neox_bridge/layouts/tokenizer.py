@@ -125,12 +125,16 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _entries(file: str) -> Mapping[str, int]:
-    data = _read(file)
+    return tokenizer_entries(_read(file), file)
+
+
+def tokenizer_entries(content: Mapping[str, Any], file: str) -> Mapping[str, int]:
+    """The id of each token of a tokenizer.json. Raises BridgeError if it has no vocabulary."""
     try:
-        vocab = data["model"]["vocab"]
+        vocab = content["model"]["vocab"]
         if isinstance(vocab, list):
             vocab = {entry[0]: number for number, entry in enumerate(vocab)}
-        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         return {**vocab, **added}
     except (KeyError, TypeError, IndexError, AttributeError):
         raise BridgeError(f"{file} is not a tokenizer.json: it contains no vocabulary.") from None

@@ -58,8 +58,13 @@ def weight_sets(folder: str, names: Sequence[str]) -> tuple[WeightSet, ...]:
 
     names: of the files in the folder. Raises BridgeError for a damaged index.
     """
-    sets = [read_index(folder, name, names) for name in names if _INDEX.fullmatch(name)]
-    taken = {file for one in sets for file in (*one.files, *one.unnamed)}
+    sets = [read_index(folder, name, names) for name in names if is_index(name)]
+    return tuple(sorted([*sets, *loose_sets(sets, names)], key=by_preference))
+
+
+def loose_sets(indexed: Sequence[WeightSet], names: Sequence[str]) -> Iterator[WeightSet]:
+    """The sets of files that no index names. names: of the files in the folder."""
+    taken = {file for one in indexed for file in (*one.files, *one.unnamed)}
     loose = [name for name in names if name not in taken and is_weights_file(name)]
     groups: dict[str, list[str]] = {}
     for name in loose:
@@ -67,8 +72,17 @@ def weight_sets(folder: str, names: Sequence[str]) -> tuple[WeightSet, ...]:
         groups.setdefault(f"{shard[1]}.{shard[4]} of {shard[3]}" if shard else name, []).append(
             name
         )
-    sets += [_loose(files) for files in groups.values()]
-    return tuple(sorted(sets, key=_order))
+    yield from map(_loose, groups.values())
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is the index of shards."""
+    return bool(_INDEX.fullmatch(name))
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of this name is a shard, such as model-00001-of-00002.safetensors."""
+    return bool(_SHARD.fullmatch(name))
 
 
 def is_weights_file(name: str) -> bool:
@@ -78,7 +92,8 @@ def is_weights_file(name: str) -> bool:
     return bool(_PICKLE.fullmatch(name)) and not _NO_WEIGHTS.fullmatch(name)
 
 
-def _order(one: WeightSet) -> tuple[bool, int, bool, str]:
+def by_preference(one: WeightSet) -> tuple[bool, int, bool, str]:
+    """The key that sorts the sets of a folder: transformers loads the first one."""
     stem = one.name.partition(".")[0]
     place = _PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED)
     return one.pickled, place, bool(one.index), one.name
