@@ -738,13 +738,18 @@ class Judgement(_Judgement, total=False):
 class _Diagnosed(TypedDict):
     path: str
     kind: Kind
+    read_by: ReadBy
     loads: bool
     findings: list[DiagnosedFinding]
     verdicts: list[Judgement]
 
 
 class Diagnosed(_Diagnosed, total=False):
-    """What `doctor` says of one checkpoint."""
+    """What `doctor` says of one checkpoint.
+
+    Attributes:
+        read_by: Whether the knowledge of a family was used, or only names, shapes and settings.
+    """
 
     comparison: list[Row]
 

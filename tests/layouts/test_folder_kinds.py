@@ -46,7 +46,7 @@ def run(*words: object) -> Any:
 def said(path: Path, out: Path, code: int = 1, *, stored: bool = False) -> str:
     """The message of convert, which inspect and doctor give as well; nothing is written.
 
-    stored: inspect succeeds, shows the weights as they are stored, and gives the message there.
+    stored: inspect and doctor read the weights as they are stored, and give the message there.
     """
     messages = set()
     for command in (("convert", path, out), ("inspect", path), ("doctor", path)):
@@ -56,6 +56,14 @@ def said(path: Path, out: Path, code: int = 1, *, stored: bool = False) -> str:
             (line,) = (line for line in done.stdout.splitlines() if line.startswith("refused"))
             messages.add(f"error: {line.partition('every conversion: ')[2]}")
             assert not done.stderr
+            continue
+        if stored and command[0] == "doctor":
+            assert done.exit_code in (0, 4), done.output  # 4 for a model without its head
+            (facts,) = json.loads(run(*command, "--json").stdout)["checkpoints"]
+            assert facts["read_by"] == "names"
+            (why,) = (one["why"] for one in facts["findings"] if one["code"] == "not-converted")
+            assert why in done.stdout
+            messages.add(f"error: {why}")
             continue
         assert done.exit_code == code, done.output
         assert "Traceback" not in done.output

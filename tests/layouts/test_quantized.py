@@ -102,7 +102,6 @@ def test_every_command_says_so_and_inspect_goes_on(hf: Path, tmp_path: Path) -> 
     for command in (
         ("convert", source, tmp_path / "out", "--to", "neox"),
         ("convert", source, tmp_path / "out", "--to", "hf", "--dtype", "float32"),
-        ("doctor", source),
         ("diff", source, source),
         ("reshard", source, tmp_path / "out"),
     ):
@@ -114,6 +113,9 @@ def test_every_command_says_so_and_inspect_goes_on(hf: Path, tmp_path: Path) -> 
     assert done.exit_code == 0
     assert "Hugging Face, quantized (GPTQ, 4 bits)" in done.stdout
     assert "cannot be converted" in done.stdout
+    done = run("doctor", source)
+    assert done.exit_code == 0
+    assert "is quantized (GPTQ, 4 bits: config.json: quantization_config" in done.stdout
     facts = json.loads(run("inspect", source, "--json", "--tensors").stdout)
     assert facts["quantization"]["method"] == "GPTQ"
     assert facts["refusals"][0]["key"] == "quantized"

@@ -232,8 +232,10 @@ def _open(path: str, reading: Source) -> Checkpoint:
 def _problem(paths: Sequence[str], reading: Source, options: DoctorOptions) -> BridgeError | None:
     """Why the one checkpoint that a message may be about cannot be opened; None if it can."""
     try:
-        for path in paths if len(paths) == 1 else ():
-            _open(path, reading) if options.fixes else _examine(path, reading, options)
+        if len(paths) == 1 and options.fixes:
+            _open(paths[0], reading)
+        elif len(paths) == 1:
+            return _examine(paths[0], reading, options).error
     except BridgeError as error:
         return error
     return None
