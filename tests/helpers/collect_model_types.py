@@ -32,22 +32,27 @@ def main(wheels: list[str]) -> None:
 
 
 def model_types(wheel: str) -> Iterator[str]:
-    """The keys of CONFIG_MAPPING_NAMES in a wheel."""
+    """The keys of CONFIG_MAPPING_NAMES in a wheel, also those of its ``update``."""
     with zipfile.ZipFile(wheel) as archive:
         for name in filter(_SOURCES.fullmatch, archive.namelist()):
             for node in ast.walk(ast.parse(archive.read(name))):
-                if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                    if any(
-                        getattr(target, "id", "") == "CONFIG_MAPPING_NAMES" for target in targets
-                    ):
-                        yield from _first_of_pairs(node.value)
+                if isinstance(node, ast.Assign):
+                    names = node.targets
+                elif isinstance(node, ast.AnnAssign):
+                    names = [node.target]
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    names = [node.func.value]
+                else:
+                    continue
+                if any(getattr(one, "id", "") == "CONFIG_MAPPING_NAMES" for one in names):
+                    yield from _keys(node)
 
 
-def _first_of_pairs(value: ast.expr) -> Iterator[str]:
-    for pair in ast.walk(value):
-        if isinstance(pair, ast.Tuple) and len(pair.elts) == 2:
-            first = pair.elts[0]
+def _keys(node: ast.AST) -> Iterator[str]:
+    """The first of each pair, and the keys of each dictionary."""
+    for inner in ast.walk(node):
+        firsts = inner.elts[:1] if isinstance(inner, ast.Tuple) and len(inner.elts) == 2 else []
+        for first in [*firsts, *(inner.keys if isinstance(inner, ast.Dict) else [])]:
             if isinstance(first, ast.Constant) and isinstance(first.value, str):
                 yield first.value
 

@@ -123,9 +123,7 @@ def _class(repository: Repository, facts: TransformersFacts) -> Iterator[Case]:
                 "ValueError: The checkpoint you are trying to load has model type "
                 f"`{model_type}` but Transformers does not recognize this architecture."
             )
-        why = (
-            f"{since} has one" if since else "No version of transformers that is known here has one"
-        )
+        why = f"{since} has one" if since else "No known version of transformers has one"
         yield failure(
             "class-unknown",
             f"transformers {facts.version} has no class for model_type {shown(model_type)}",

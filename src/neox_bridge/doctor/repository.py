@@ -41,7 +41,7 @@ from neox_bridge.wording import natural, plural, some
 _JSON = (
     *("config.json", "generation_config.json", "adapter_config.json", "model_index.json"),
     *("modules.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json"),
+    *("vocab.json", "added_tokens.json", "preprocessor_config.json", "processor_config.json"),
 )
 _TEXTS = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "merges.txt", "vocab.txt"),
