@@ -316,7 +316,7 @@ def norms_of(folder: str) -> dict[str, float]:
     from neox_bridge.verification.hashes import fingerprints
 
     prints = fingerprints(open_checkpoint(folder), workers=1)
-    return {name: print_.norm for name, print_ in prints.items()}
+    return {name: print_.norm or 0.0 for name, print_ in prints.items()}
 
 
 def _parts(size: int, pool: Pool) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ audit them, but not to convert them.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -92,6 +92,7 @@ class StoredModel:
         reason: Why its family is not used, as a sentence.
         quantization: How the weights are quantized, if they are.
         tokenizer: Absolute paths of its tokenizer files.
+        casts: The dtypes in which some tensors are read instead of those that are stored.
     """
 
     path: str
@@ -105,6 +106,7 @@ class StoredModel:
     hub_repo: str = ""
     source: str = ""
     kind: Kind = "hf"
+    casts: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def stored(self) -> Mapping[str, StoredTensor]:
@@ -119,7 +121,9 @@ class StoredModel:
     @cached_property
     def tensors(self) -> Mapping[str, Whole]:
         """Every tensor to read. Those that cannot be decoded are vectors of bytes."""
-        return {name: whole_of(tensor.ref) for name, tensor in self.stored.items()}
+        wholes = {name: whole_of(tensor.ref) for name, tensor in self.stored.items()}
+        casts = {n: replace(wholes[n], dtype=dtype) for n, dtype in self.casts.items()}
+        return wholes | casts
 
     @property
     def index_findings(self) -> tuple[Finding, ...]:
@@ -142,6 +146,11 @@ class StoredModel:
         return {}
 
     @property
+    def has_optimizer(self) -> bool:
+        """Whether it has optimizer states that a family could read: no."""
+        return False
+
+    @property
     def neox(self) -> None:
         """The layout in GPT-NeoX: none."""
         return None
@@ -151,6 +160,11 @@ class StoredModel:
         """``model_type`` of the config, or None."""
         family = self.raw.get("model_type")
         return family if isinstance(family, str) and family.isprintable() else None
+
+
+def dtype_of_most_elements(model: StoredModel) -> str:
+    """The dtype of most elements; "" if there are none."""
+    return next((dtype for dtype, _ in elements_by_stored_dtype(model).most_common(1)), "")
 
 
 def elements_by_stored_dtype(model: StoredModel) -> Counter[str]:

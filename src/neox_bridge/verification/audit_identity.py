@@ -187,7 +187,7 @@ def _misfit(step: Step, before: Steps, after: Steps, names: Sequence[str]) -> fl
     for name in names:
         sides = [side for side in (_log_norms(before, name), _log_norms(after, name)) if side]
         norm_here = step.tensors[name].norm
-        if sides and norm_here > 0:
+        if sides and norm_here:
             ends = [side[0] for side in sides]
             if len(sides) == 1:
                 (side,) = sides
@@ -200,7 +200,7 @@ def _misfit(step: Step, before: Steps, after: Steps, names: Sequence[str]) -> fl
 def _log_norms(steps: Steps, name: str) -> list[float]:
     """The logarithms of a tensor's norms in the two nearest steps that have any."""
     norms = (step.tensors[name].norm for step in steps if name in step.tensors)
-    return [math.log(norm) for norm in islice((norm for norm in norms if norm > 0), 2)]
+    return [math.log(norm) for norm in islice((norm for norm in norms if norm), 2)]
 
 
 def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:

@@ -57,13 +57,14 @@ def jump_faults(
     jumps: dict[int, list[_Jump]] = defaultdict(list)
     for name in dict.fromkeys(name for step in known for name in step.tensors):
         usable = [
-            (i, step)
+            (i, norm)
             for i, step in enumerate(known)
             if name in step.tensors
+            and (norm := step.tensors[name].norm) is not None
             and not step.tensors[name].bad
             and (step.label, name) not in explained
         ]
-        points = [(float(step.number or 0), step.tensors[name].norm) for _, step in usable]
+        points = [(float(known[i].number or 0), norm) for i, norm in usable]
         for at, spike in jumps_of(points):
             index = usable[at][0]
             jumps[index].append(_Jump(name, points[at - 1][1], points[at][1], spike))

@@ -48,7 +48,7 @@ def _other_weights(step: Step) -> Iterator[Fault]:
         if not name.startswith(_MASTERS) or weight is None or state.bad or weight.bad:
             continue
         same = state.hash == weight.hash
-        if weight.dtype != state.dtype:
+        if weight.dtype != state.dtype and state.norm is not None and weight.norm is not None:
             same = abs(state.norm - weight.norm) <= _ROUNDED * state.norm
         if not same:
             apart.append(tensor_of(name))

@@ -18,6 +18,7 @@ import xxhash
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.lock import locked
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.stores.paths import real, states
 from neox_bridge.stores.store import FileState
 from neox_bridge.tensors.pieces import Whole
@@ -33,13 +34,13 @@ def default_folder() -> str:
     return os.path.join(base, "neox-bridge", "audit")
 
 
-def identify(checkpoint: Checkpoint) -> dict[str, FileState]:
+def identify(checkpoint: Checkpoint | StoredModel) -> dict[str, FileState]:
     """The state of the weight files, to detect changes. Raises BridgeError if one was deleted."""
     return states({ref.file: None for t in checkpoint.tensors.values() for ref in sources(t)})
 
 
 def look_up(
-    folder: str | None, checkpoint: Checkpoint, files: Mapping[str, FileState]
+    folder: str | None, checkpoint: Checkpoint | StoredModel, files: Mapping[str, FileState]
 ) -> dict[str, Fingerprint]:
     """The cached fingerprints of tensors whose files are unchanged."""
     if folder is None:
@@ -59,7 +60,7 @@ def look_up(
 
 def remember(
     folder: str | None,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | StoredModel,
     files: Mapping[str, FileState],
     fingerprints: Mapping[str, Fingerprint],
 ) -> None:
@@ -102,7 +103,7 @@ def _remove_left_over(folder: str) -> None:
                 os.unlink(path)
 
 
-def check_same(before: Mapping[str, FileState], checkpoint: Checkpoint) -> None:
+def check_same(before: Mapping[str, FileState], checkpoint: Checkpoint | StoredModel) -> None:
     """Raise BridgeError if a file changed while it was read."""
     for file, state in identify(checkpoint).items():
         if before.get(file) != state:
@@ -111,7 +112,7 @@ def check_same(before: Mapping[str, FileState], checkpoint: Checkpoint) -> None:
             )
 
 
-def _file(folder: str, checkpoint: Checkpoint) -> str:
+def _file(folder: str, checkpoint: Checkpoint | StoredModel) -> str:
     place = checkpoint.path if checkpoint.neox is None else checkpoint.neox.folder
     name = xxhash.xxh3_128(os.fsencode(real(place))).hexdigest()
     return os.path.join(folder, f"{name}.json")

@@ -11,6 +11,7 @@ import xxhash
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes, load
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
@@ -45,7 +46,7 @@ class Fingerprint:
             shape.
         shape: The shape without rows of zeros at the end of a vocabulary, which are padding; the
             hash also ignores them.
-        norm: The L2 norm of the finite elements, in float64.
+        norm: The L2 norm of the finite elements, in float64; None if they cannot be decoded.
         bad: How many are NaN or infinite.
         constant: Whether all elements have the same bits.
         shards: The shards by tensor-parallel rank, including padding, if several ranks hold it.
@@ -54,14 +55,14 @@ class Fingerprint:
     hash: str
     dtype: str
     shape: tuple[int, ...]
-    norm: float
+    norm: float | None
     bad: int
     constant: bool
     shards: tuple[Shard, ...] = ()
 
 
 def fingerprints(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | StoredModel,
     *,
     known: Mapping[str, Fingerprint] | None = None,
     workers: int | None = None,
@@ -89,7 +90,7 @@ def fingerprints(
     return {name: read[name] if name in read else known[name] for name in checkpoint.tensors}
 
 
-def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+def _reading_order(checkpoint: Checkpoint | StoredModel, names: Sequence[str]) -> list[str]:
     """Largest first, so that threads end together; for stores, in file order.
 
     A range of a store is fetched only once if its tensors are read consecutively.

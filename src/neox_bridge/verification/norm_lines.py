@@ -24,7 +24,7 @@ def tensor_lines(steps: Entries, names: Sequence[str]) -> Points:
     for step in steps:
         squares: dict[str, float] = {}
         for name, tensor in step["tensors"].items():
-            if name in names or not names:
+            if tensor["norm"] is not None and (name in names or not names):
                 line = name if names else place_of(name)[0]
                 squares[line] = squares.get(line, 0.0) + tensor["norm"] ** 2
         for line, square in squares.items():

@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_with
+from neox_bridge.layouts.open_stored import open_any
+from neox_bridge.layouts.stored_model import StoredModel
+from neox_bridge.layouts.stored_reader import open_stored
 from neox_bridge.stores.paths import is_local
 from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 
@@ -17,11 +19,14 @@ _OPENED_AT_ONCE = 4  # places in a store that are opened at a time
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A place of a run, with its checkpoint or the reason why it cannot be opened."""
+    """A place of a run, with its checkpoint or the reason why it cannot be opened.
+
+    The checkpoint is read by its family, or by the names in its files.
+    """
 
     run: str
     place: StepLocation
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | StoredModel | None
     fault: Fault | None = None
 
     @property
@@ -52,15 +57,45 @@ def open_places(runs: Iterable[TrainingRun], configs: Sequence[str] = ()) -> lis
 
     def one(run: str, place: StepLocation) -> Opened:
         try:
-            return Opened(run, place, open_with(place.path, configs))
+            return Opened(run, place, open_any(place.path, configs=configs))
         except (BridgeError, OSError) as error:
             return Opened(run, place, None, unreadable(run, place, error))
 
     places = [(run.name, place) for run in runs for place in run.places]
     if all(is_local(place.path) for _, place in places):
-        return [one(*place) for place in places]
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for a network
-        return list(pool.map(lambda place: one(*place), places))
+        opened = [one(*place) for place in places]
+    else:
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time it waits for a network
+            opened = list(pool.map(lambda place: one(*place), places))
+    by_run: dict[str, list[Opened]] = {}
+    for step in opened:
+        by_run.setdefault(step.run, []).append(step)
+    return [step for steps in by_run.values() for step in read_alike(steps)]
+
+
+def read_alike(opened: Iterable[Opened]) -> list[Opened]:
+    """The same steps, all read by the names in their files if one of them is of no known family.
+
+    GPT-NeoX checkpoints keep their family, because their files contain parts of tensors.
+    """
+    steps = list(opened)
+    if not any(isinstance(step.checkpoint, StoredModel) for step in steps):
+        return steps
+    return [read_by_names(step) for step in steps]
+
+
+def read_by_names(opened: Opened) -> Opened:
+    """The same step, read by the names in its files, unless it is a GPT-NeoX checkpoint."""
+    checkpoint = opened.checkpoint
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.kind != "hf":
+        return opened
+    try:
+        model = open_stored(checkpoint.path, "", checkpoint.revision)
+    except (BridgeError, OSError) as error:
+        return replace(
+            opened, checkpoint=None, fault=unreadable(opened.run, opened.place, error)
+        )
+    return opened if model is None else replace(opened, checkpoint=model)
 
 
 def unreadable(run: str, place: StepLocation, error: BridgeError | OSError) -> Fault:

@@ -6,20 +6,27 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
 from neox_bridge.findings import Severity
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.stored_model import StoredModel, dtype_of_most_elements
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes
 from neox_bridge.optimizer.read_export import number_in
 from neox_bridge.optimizer.states import Optimizer
+from neox_bridge.stores.folder import is_hub
+from neox_bridge.stores.paths import states
+from neox_bridge.verification.config_values import config_values
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.optimizer import named
 from neox_bridge.verification.runs import Fault, StepLocation
 
+ReadBy = Literal["family", "names"]
+_CONTENT_HASH = re.compile(r"[0-9a-f]{40,64}")
 _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
 
 
@@ -37,6 +44,11 @@ class Step:
         states: Fingerprints of the optimizer states, as "exp_avg: name", if they are audited.
         updates: How many steps the optimizer has made and skipped, by parameter group.
         unknown_keys: The unknown keys in the checkpoint's settings.
+        read_by: Whether a family or only the names in the files say which tensors there are.
+        reason: Why no family is used, as a sentence; "" if one would be.
+        config: The values of config.json by their keys, as text. Keys in blocks have dots.
+        transformers: The version that wrote config.json, or "".
+        tokenizer: A hash of each tokenizer file beside the weights.
     """
 
     run: str
@@ -46,17 +58,22 @@ class Step:
     kind: str
     tp: int
     dtype: str
-    meaning: Mapping[str, object]
     seed: int | None
-    making: tuple[str, ...]
     tensors: Mapping[str, Fingerprint]
     files: Mapping[str, tuple[str, ...]]
     size: int
     read: int
+    meaning: Mapping[str, object] = field(default_factory=dict)
+    making: tuple[str, ...] = ()
     iteration: int | None = None
     states: Mapping[str, Fingerprint] = field(default_factory=dict)
     updates: tuple[int, ...] = ()
     unknown_keys: tuple[UnknownKey, ...] = ()
+    read_by: ReadBy = "family"
+    reason: str = ""
+    config: Mapping[str, str] = field(default_factory=dict)
+    transformers: str = ""
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def hash(self) -> str:
@@ -68,8 +85,8 @@ class Step:
 
     @cached_property
     def norm(self) -> float:
-        """The L2 norm of all tensors together."""
-        return math.sqrt(sum(tensor.norm**2 for tensor in self.tensors.values()))
+        """The L2 norm of all tensors together that can be decoded."""
+        return math.sqrt(sum((tensor.norm or 0.0) ** 2 for tensor in self.tensors.values()))
 
     def fault(
         self,
@@ -91,7 +108,7 @@ class Step:
 def read_step(
     run: str,
     place: StepLocation,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | StoredModel,
     *,
     optimizer: Optimizer | None = None,
     cache: str | None = None,
@@ -103,7 +120,7 @@ def read_step(
     optimizer: the optimizer of the checkpoint, if its states are also read.
     """
     weights = checkpoint
-    if optimizer is not None:
+    if optimizer is not None and isinstance(checkpoint, Checkpoint):
         checkpoint = replace(
             checkpoint, tensors={**checkpoint.tensors, **named(checkpoint, optimizer)}
         )
@@ -115,6 +132,18 @@ def read_step(
     if len(known) < len(tensors):
         check_same(files, checkpoint)
         remember(cache, checkpoint, files, tensors)
+    if isinstance(checkpoint, StoredModel):
+        tensors = {name: _undecoded(checkpoint, name, one) for name, one in tensors.items()}
+        family = dict[str, Any](
+            dtype=dtype_of_most_elements(checkpoint), read_by="names", reason=checkpoint.reason
+        )
+    else:
+        family = dict[str, Any](
+            dtype=checkpoint.config.dtype,
+            meaning=_meaning(checkpoint),
+            making=_making(checkpoint),
+            unknown_keys=checkpoint.unknown_keys,
+        )
     state = checkpoint.neox
     return Step(
         run=run,
@@ -123,22 +152,48 @@ def read_step(
         path=place.path,
         kind=checkpoint.kind,
         tp=1 if state is None else state.tp,
-        dtype=checkpoint.config.dtype,
-        meaning=_meaning(checkpoint),
         seed=_seed(run, checkpoint.raw if state is not None else {}),
-        making=_making(checkpoint),
         tensors={name: tensors[name] for name in weights.tensors},
         files={
-            name: tuple(os.path.basename(ref.file) for ref in sources(whole))
+            name: tuple(_file_name(checkpoint, ref.file) for ref in sources(whole))
             for name, whole in checkpoint.tensors.items()
         },
         size=weights.size,
         read=len(tensors) - len(known),
         iteration=_iteration(checkpoint),
+        config=config_values(checkpoint) if checkpoint.kind == "hf" else {},
+        transformers=str(checkpoint.raw.get("transformers_version", "")),
+        tokenizer=_tokenizer(checkpoint.tokenizer) if checkpoint.kind == "hf" else {},
         states={name: tensors[name] for name in tensors if name not in weights.tensors},
         updates=_updates(optimizer) if optimizer is not None else (),
-        unknown_keys=checkpoint.unknown_keys,
+        **family,
     )
+
+
+def _undecoded(model: StoredModel, name: str, fingerprint: Fingerprint) -> Fingerprint:
+    """The fingerprint of a tensor, without a norm if only its bytes are known."""
+    tensor = model.stored[name]
+    if tensor.decoded:
+        return fingerprint
+    return replace(fingerprint, dtype=tensor.dtype, shape=tensor.shape, norm=None, bad=0)
+
+
+def _file_name(checkpoint: Checkpoint | StoredModel, file: str) -> str:
+    """The name of a file of weights, with its folder if there are several components."""
+    if isinstance(checkpoint, StoredModel):
+        return file.removeprefix(checkpoint.path).lstrip("/")
+    return os.path.basename(file)
+
+
+def _tokenizer(files: Iterable[str]) -> dict[str, str]:
+    """A hash of each file: of a model on the Hub the one that the Hub states, without reading."""
+    hashes = {}
+    for file in files:
+        stated = states([file])[file].tag if is_hub(file) else ""
+        if not _CONTENT_HASH.fullmatch(stated):
+            stated = xxhash.xxh3_128(read_bytes(file, LARGE_BYTES)).hexdigest()
+        hashes[os.path.basename(file)] = stated
+    return hashes
 
 
 def _updates(optimizer: Optimizer) -> tuple[int, ...]:
@@ -176,7 +231,7 @@ def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (checkpoint.config.dtype, f"tp={state.tp}", f"pp={state.pp}", *settings)
 
 
-def _iteration(checkpoint: Checkpoint) -> int | None:
+def _iteration(checkpoint: Checkpoint | StoredModel) -> int | None:
     """The step in the metadata of a GPT-NeoX checkpoint, if it differs from the folder."""
     state = checkpoint.neox
     if state is None or state.named_step in (None, state.iteration):
