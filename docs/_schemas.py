@@ -615,10 +615,15 @@ class Diff(Head):
 
 
 class AuditedTensor(TypedDict):
-    """A tensor of a step. bad: how many values are not finite."""
+    """A tensor of a step.
+
+    Attributes:
+        norm: Null if its values cannot be decoded.
+        bad: How many values are not finite.
+    """
 
     hash: str
-    norm: float
+    norm: float | None
     shape: list[int]
     bad: int
 
@@ -644,6 +649,7 @@ class _AuditedStep(TypedDict):
     label: str
     path: str
     kind: Kind
+    read_by: ReadBy
     tensor_parallel: int
     dtype: str
     bytes: int
@@ -659,6 +665,7 @@ class AuditedStep(_AuditedStep, total=False):
 
     Attributes:
         step: Null if nothing tells its number.
+        read_by: Whether a family or only the names in the files say which tensors there are.
         read: How many tensors were read; the others were in the cache.
         optimizer: With --optimizer.
     """

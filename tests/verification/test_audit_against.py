@@ -160,13 +160,13 @@ def test_a_step_that_only_one_run_has_is_a_row(
     shutil.rmtree(neox / "global_step1000")
     shutil.rmtree(hf / "step3000")
     opened: list[str] = []
-    original = opened_places.open_with
+    original = opened_places.open_any
 
-    def opening(path: str, *more: Any) -> Any:
+    def opening(path: str, **more: Any) -> Any:
         opened.append(Path(path).name)
-        return original(path, *more)
+        return original(path, **more)
 
-    monkeypatch.setattr(opened_places, "open_with", opening)
+    monkeypatch.setattr(opened_places, "open_any", opening)
     found = compare(neox, hf)
     assert statuses(found) == {
         **{0: "same", 1000: "no counterpart", 2000: "same", 3000: "no counterpart"}

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from neox_bridge.cli.command import Argument, command, given, only
+from neox_bridge.cli.inspect_stored import BY_NAMES
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import inherited, option
-from neox_bridge.wording import KINDS, human, plural
+from neox_bridge.wording import KINDS, human, plain, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from neox_bridge.verification.against import Comparison, StepRow
     from neox_bridge.verification.audit import Audit
     from neox_bridge.verification.runs import TrainingRun
+    from neox_bridge.verification.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +153,16 @@ def _print(result: Audit) -> None:
     from neox_bridge.verification.audit import verdict
 
     run = None
+    width = max([26, *(len(_format(step)) for step in result.steps)]) + 2
     for step in result.steps:
         if step.run != run:
             run = step.run
             print_line(run)
-            print_line(f"  {'step':>10}  {'format':<28}{'bytes':>9}  tensors   read        norm")
-        what = f"{KINDS[step.kind]}, TP {step.tp}" if step.kind == "neox" else KINDS[step.kind]
+            print_line(
+                f"  {'step':>10}  {'format':<{width}}{'bytes':>9}  tensors   read        norm"
+            )
         print_line(
-            f"  {step.label:>10}  {f'{what}, {step.dtype}':<28}{human(step.size):>9}  "
+            f"  {step.label:>10}  {_format(step):<{width}}{human(step.size):>9}  "
             f"{len(step.tensors):>7,}  {step.read:>5,}  {step.norm:>10.5g}  "
             f"{verdict(step, result.faults)}"
         )
@@ -168,6 +172,14 @@ def _print(result: Audit) -> None:
         f"{plural(len(result.steps), 'step')} of {plural(runs, 'run')}: "
         f"{plural(counts[0], 'error')}, {plural(counts[1], 'warning')}"
     )
+
+
+def _format(step: Step) -> str:
+    """The format of a step, how it was read if not by a family, and its dtype."""
+    words = [KINDS[step.kind]]
+    words += [f"TP {step.tp}"] if step.kind == "neox" else []
+    words += ["by names"] if step.read_by == "names" else []
+    return ", ".join([*words, plain(step.dtype)])
 
 
 def _plot(document: dict[str, Any], path: str) -> None:
@@ -253,6 +265,8 @@ def _print_comparison(comparison: Comparison) -> None:
         count = f"{row.tensors:,}" if row.tensors else ""
         words = "; ".join(_words(row, comparison))
         print_line(f"  {row.label:>10}  {verdict:<15}{count:>8}  {words}".rstrip())
+    if any(row.read_by == "names" for row in comparison.rows):
+        print_line(f"  {BY_NAMES}")
     for source, twin in compared_dtypes(comparison.rows):
         print_line(f"  {source} and {twin} were compared after a lossless cast")
     counts = (

@@ -65,7 +65,7 @@ def open_any(
         return _with_place(model, source, place)
 
 
-def open_as_stored(source: str, *, revision: str | None = None) -> StoredModel:
+def openstored_model_of(source: str, *, revision: str | None = None) -> StoredModel:
     """The weights of a Hugging Face repository as they are stored, also of a known family.
 
     Raises BridgeError if it has no weights, or if a file is damaged or missing.
@@ -103,10 +103,11 @@ def read_alike(
             )
     if isinstance(first, Checkpoint) and isinstance(second, Checkpoint):
         return first, second
-    return _as_stored(first), _as_stored(second)
+    return stored_model_of(first), stored_model_of(second)
 
 
-def _as_stored(model: Checkpoint | StoredModel) -> StoredModel:
+def stored_model_of(model: Checkpoint | StoredModel) -> StoredModel:
+    """The weights of an open Hugging Face model as they are stored."""
     if isinstance(model, StoredModel):
         return model
     stored = open_stored(model.path, "", model.revision)

@@ -13,18 +13,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
+from neox_bridge.layouts.open_stored import read_alike
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.verification.compare import common_dtype
 from neox_bridge.verification.hashes import Fingerprint
-from neox_bridge.verification.opened import Opened, open_places, unreadable
+from neox_bridge.verification.opened import Opened, open_places, read_by_names, unreadable
 from neox_bridge.verification.run_pairs import SIDES, OpenedPair, Side
 from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
-from neox_bridge.verification.steps import Step, read_step
+from neox_bridge.verification.steps import ReadBy, Step, read_step
 from neox_bridge.wording import some
 
+Model = Checkpoint | StoredModel
 StepStatus = Literal["same", "differs", "no counterpart", "unreadable"]
 TensorDifferenceKind = Literal["values", "shape", "dtype", "only in source", "only in twin"]
 _CAST = "cast"  # a folder in the cache: fingerprints after a cast
@@ -70,6 +73,8 @@ class StepRow:
         origins: Other steps that have the differing weights, the one with most tensors first.
         saved: The step in the source's files, if it differs from that of the place.
         reason: Why a side cannot be read.
+        read_by: Whether a family or only the names in the files say which tensors there are; None
+            if they were not compared.
     """
 
     step: int | None
@@ -84,6 +89,7 @@ class StepRow:
     origins: tuple[Origin, ...] = ()
     saved: int | None = None
     reason: str = ""
+    read_by: ReadBy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,10 @@ def compare_runs(
             assert opened.fault is not None
             return opened.fault
         try:
-            checkpoint, is_cast = _in_dtypes(as_stored(check_copies(opened.checkpoint)), dtypes)
+            checkpoint = opened.checkpoint
+            if isinstance(checkpoint, Checkpoint):
+                checkpoint = as_stored(check_copies(checkpoint))
+            checkpoint, is_cast = _in_dtypes(checkpoint, dtypes)
             folder = os.path.join(cache, _CAST) if cache is not None and is_cast else cache
             step = read_step(
                 opened.run,
@@ -162,6 +171,9 @@ def compare_runs(
             twin=twin.place.path,
             casts=_casts(source.checkpoint, twin.checkpoint),
         )
+        if reason := _not_comparable(source, twin):
+            rows.append(replace(row, status="unreadable", side="source", reason=reason))
+            continue
         steps = list[Step]()
         for side, opened in zip(SIDES, both, strict=True):
             step = read(opened)
@@ -176,7 +188,7 @@ def compare_runs(
     if any(row.status == "differs" for row, _, _ in compared):
         for side, place in pair.alone:
             for opened in open_places([TrainingRun(pair.name(side), (place,))], pair.configs):
-                step = read(opened)
+                step = read(read_by_names(opened) if pair.by_names else opened)
                 if isinstance(step, Step):  # else its row says that it has no counterpart
                     known[side][step.label] = step
     for row, in_source, in_twin in compared:
@@ -255,7 +267,7 @@ def _common_dtypes(pair: OpenedPair) -> dict[str, str]:
     return {name: dtype for name, dtype in common.items() if dtype is not None}
 
 
-def _casts(source: Checkpoint | None, twin: Checkpoint | None) -> tuple[tuple[str, str], ...]:
+def _casts(source: Model | None, twin: Model | None) -> tuple[tuple[str, str], ...]:
     if source is None or twin is None:
         return ()
     pairs = {
@@ -276,7 +288,19 @@ def _compare(row: StepRow, source: Step, twin: Step) -> StepRow:
         tensors=len(names),
         differences=differences,
         saved=source.iteration,
+        read_by=source.read_by,
     )
+
+
+def _not_comparable(source: Opened, twin: Opened) -> str:
+    """Why two steps have no tensors in common, if only one of them has a family; or ""."""
+    if source.checkpoint is None or twin.checkpoint is None:
+        return ""
+    try:
+        read_alike(source.checkpoint, twin.checkpoint)
+    except Refused as error:
+        return str(error)
+    return ""
 
 
 def _kind(source: Fingerprint | None, twin: Fingerprint | None) -> TensorDifferenceKind | None:
@@ -290,17 +314,22 @@ def _kind(source: Fingerprint | None, twin: Fingerprint | None) -> TensorDiffere
 
 
 def _differing_settings(source: Step, twin: Step) -> list[str]:
+    if source.read_by == "names":
+        both = source.config.keys() & twin.config.keys()
+        return sorted(key for key in both if source.config[key] != twin.config[key])
     keys = sorted({*source.meaning, *twin.meaning} - {"dtype"})
     return [key for key in keys if source.meaning.get(key) != twin.meaning.get(key)]
 
 
-def _in_dtypes(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Checkpoint, bool]:
+def _in_dtypes(checkpoint: Model, dtypes: Mapping[str, str]) -> tuple[Model, bool]:
     """The checkpoint with these tensors in these dtypes, and whether any is cast."""
     cast = {
         name: replace(whole, dtype=dtypes[name])
         for name, whole in checkpoint.tensors.items()
         if dtypes.get(name, whole.dtype) != whole.dtype
     }
+    if isinstance(checkpoint, StoredModel):
+        return replace(checkpoint, casts={n: w.dtype for n, w in cast.items()}), bool(cast)
     return replace(checkpoint, tensors={**checkpoint.tensors, **cast}), bool(cast)
 
 

@@ -10,6 +10,7 @@ from neox_bridge.findings import Severity
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import ambiguity, as_stored
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
@@ -19,6 +20,7 @@ from neox_bridge.verification.audit_states import state_faults
 from neox_bridge.verification.opened import Opened, unreadable
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step, read_step
+from neox_bridge.wording import some
 
 _ORDER = ("error", "warning", "info")
 
@@ -65,6 +67,7 @@ def _step_json(step: Step, faults: Sequence[Fault]) -> dict[str, Any]:
         "label": step.label,
         "path": step.path,
         "kind": step.kind,
+        "read_by": step.read_by,
         "tensor_parallel": step.tp,
         "dtype": step.dtype,
         "bytes": step.size,
@@ -111,13 +114,15 @@ def audit(
             all_faults += [one.fault] if one.fault is not None else []
             continue
         states = None
-        if optimizer and one.checkpoint.has_optimizer:
+        if optimizer and isinstance(one.checkpoint, Checkpoint) and one.checkpoint.has_optimizer:
             try:
                 states = read_optimizer(one.checkpoint)
             except (BridgeError, OSError) as error:
                 all_faults.append(replace(unreadable(one.run, one.place, error), code="no-states"))
+        checkpoint = one.checkpoint
         try:
-            checkpoint = as_stored(check_copies(one.checkpoint))
+            if isinstance(checkpoint, Checkpoint):
+                checkpoint = as_stored(check_copies(checkpoint))
             step = read_step(
                 one.run,
                 one.place,
@@ -131,9 +136,13 @@ def audit(
             all_faults.append(unreadable(one.run, one.place, error))
         else:
             runs[one.run].append(step)
-            all_faults += _weight_faults(step, one.checkpoint, checkpoint)
+            all_faults += _index_faults(step, one.checkpoint)
+            if isinstance(one.checkpoint, Checkpoint) and isinstance(checkpoint, Checkpoint):
+                all_faults += _weight_faults(step, one.checkpoint, checkpoint)
     for run, steps in runs.items():
-        all_faults += judge(steps)
+        all_faults += _reading_faults(steps)
+        for way in ("family", "names"):
+            all_faults += judge([step for step in steps if step.read_by == way])
         all_faults += missing_faults(run, sorted(set(numbers.get(run, ()))))
     all_faults += across_runs(runs)
     all_faults += init_faults(runs, same_init)
@@ -159,6 +168,33 @@ def verdict(step: Step, faults: Iterable[Fault]) -> str:
     """The worst severity of a step: error, warning or ok."""
     worst = {f.severity for f in faults if f.run == step.run and step.label in f.steps}
     return next((word for word in _ORDER[:2] if word in worst), "ok")
+
+
+def _index_faults(step: Step, model: Checkpoint | StoredModel) -> Iterator[Fault]:
+    """An index that contradicts the files."""
+    for finding in model.index_findings:
+        message = f"{step.run}: step {step.label}: {finding.message}"
+        yield step.fault(finding.code, finding.severity, message, finding.remedy)
+
+
+def _reading_faults(steps: Sequence[Step]) -> Iterator[Fault]:
+    """A run of which some steps are of a known family, and others are not."""
+    unknown = [step for step in steps if step.reason]
+    if not unknown or len(unknown) == len(steps):
+        return
+    run, labels = unknown[0].run, tuple(step.label for step in unknown)
+    which = f"{run}: step {some(list(labels))} cannot be read by a family ({unknown[0].reason})"
+    by_family = [step.label for step in steps if step.read_by == "family"]
+    if len(by_family) + len(unknown) < len(steps):
+        message = f"{which}. So the steps are compared by the names in their files"
+        yield Fault("read-by-names", "info", message, "", run, labels)
+    if by_family:
+        message = (
+            f"{which}. Its tensors are not compared with those of step {some(by_family)}, because "
+            "GPT-NeoX stores other tensors"
+        )
+        remedy = "convert the run to one format, and audit it there"
+        yield Fault("not-comparable", "warning", message, remedy, run, labels)
 
 
 def _weight_faults(step: Step, stored: Checkpoint, read: Checkpoint) -> Iterator[Fault]:

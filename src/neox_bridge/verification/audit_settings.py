@@ -7,11 +7,13 @@ from itertools import pairwise
 from neox_bridge.findings import Severity
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.unknown_keys import reason_of, remedy_of
+from neox_bridge.verification.config_differences import shortened
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
 from neox_bridge.wording import plural, some
 
 Steps = Sequence[Step]
+_OTHER_RUN = "these steps may be from another run, or were converted with other settings"
 _REGULAR = 2  # number of equal distances on both sides of a gap that make a step count as missing
 
 
@@ -19,10 +21,63 @@ def setting_faults(steps: Steps) -> Iterator[Fault]:
     """Steps of one run whose config, shapes, dtype or number differ from the other steps."""
     for key in dict.fromkeys(key for step in steps for key in step.meaning):
         yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in steps], steps)
+    yield from _odd_configs(steps)
+    yield from _odd_tokenizers(steps)
     yield from _odd("dtype-differs", "dtype", [step.dtype for step in steps], steps)
     yield from _unknown_keys(steps)
     yield from _odd_tensors(steps)
     yield from _numbers(steps)
+
+
+def _odd_configs(steps: Steps) -> Iterator[Fault]:
+    """Steps with other values in config.json, unless another finding already names their config.
+
+    A version of transformers leaves out keys that it does not know, and a known family has defaults
+    for them. So a missing key counts only if one version wrote the configs of an unknown family.
+    """
+    explained = {
+        step.label
+        for key in {key for step in steps for key in step.meaning}
+        for step in _unusual(steps, [repr(s.meaning.get(key)) for s in steps])
+    }
+    steps = [step for step in steps if step.config and step.label not in explained]
+    defaults = len({(step.read_by, step.transformers) for step in steps}) > 1
+    defaults = defaults or any(step.read_by == "family" for step in steps)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for key in dict.fromkeys(key for step in steps for key in step.config):
+        known = [step for step in steps if key in step.config or not defaults]
+        values = [step.config.get(key, "missing") for step in known]
+        usual = _most_common(values)
+        for value in dict.fromkeys(values):
+            if value != usual:
+                labels = tuple(s.label for s, v in zip(known, values, strict=True) if v == value)
+                groups[labels].append(
+                    f"{key} is {shortened(value)}, and {shortened(usual)} at most steps"
+                )
+    for labels, differences in groups.items():
+        run = steps[0].run
+        message = f"{run}: config.json at step {some(list(labels))}: {some(differences)}"
+        yield Fault("config-differs", "warning", message, _OTHER_RUN, run, labels)
+
+
+def _odd_tokenizers(steps: Steps) -> Iterator[Fault]:
+    """Steps with other tokenizer files than most. Steps without any are no fault."""
+    steps = [step for step in steps if step.tokenizer]
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for file in dict.fromkeys(file for step in steps for file in step.tokenizer):
+        values = [step.tokenizer.get(file, "") for step in steps]
+        usual = _most_common([value for value in values if value])
+        for value in dict.fromkeys(values):
+            if value not in (usual, ""):
+                labels = tuple(s.label for s, v in zip(steps, values, strict=True) if v == value)
+                groups[labels].append(file)
+    for labels, files in groups.items():
+        run = steps[0].run
+        message = (
+            f"{run}: {some(files)} at step {some(list(labels))} differ from those of most steps"
+        )
+        remedy = "the vocabulary may be another; copy the tokenizer of the run's other steps"
+        yield Fault("tokenizer-differs", "warning", message, remedy, run, labels)
 
 
 def _unknown_keys(steps: Steps) -> Iterator[Fault]:
@@ -48,14 +103,23 @@ def _unknown_keys(steps: Steps) -> Iterator[Fault]:
 
 def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[Fault]:
     """One finding per value that differs from that of most steps (on a tie, of the first)."""
-    usual = Counter(values).most_common(1)[0][0] if values else ""
+    usual = _most_common(values)
     for value in dict.fromkeys(values):
         if value != usual:
             labels = tuple(s.label for s, v in zip(steps, values, strict=True) if v == value)
             run = steps[0].run
             message = f"{run}: {what} is {value} at step {some(list(labels))}, and {usual} at most"
-            remedy = "these steps may be from another run, or were converted with other settings"
-            yield Fault(code, "warning", message, remedy, run, labels)
+            yield Fault(code, "warning", message, _OTHER_RUN, run, labels)
+
+
+def _most_common(values: Sequence[str]) -> str:
+    """The value of most steps; on a tie, the first."""
+    return Counter(values).most_common(1)[0][0] if values else ""
+
+
+def _unusual(steps: Steps, values: Sequence[str]) -> list[Step]:
+    usual = _most_common(values)
+    return [step for step, value in zip(steps, values, strict=True) if value != usual]
 
 
 def _odd_tensors(steps: Steps) -> Iterator[Fault]:

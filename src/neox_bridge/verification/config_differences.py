@@ -5,6 +5,7 @@ from typing import Any
 
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.unknown_keys import words_of
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.wording import plain
 
@@ -32,6 +33,35 @@ def config_findings(source: StoredModel, target: StoredModel) -> list[Finding]:
         for key, first, second in _differences(_spelled(component.config), _spelled(other.config)):
             findings.append(_finding(f"{where}{plain(key)}", first, second))
     return findings
+
+
+def config_values(model: Checkpoint | StoredModel) -> dict[str, str]:
+    """The values that may change the model, as text, by key: dotted below blocks."""
+    if isinstance(model, Checkpoint):
+        return dict(_values(_spelled(model.raw), ""))
+    values: dict[str, str] = {}
+    for component in model.components:
+        above = f"{component.name}: " if component.name else ""
+        values |= _values(_spelled(component.config), above)
+    return values
+
+
+def _values(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if is_harmless(key):
+            continue
+        if isinstance(value, dict) and value:
+            inside = _spelled(value) if key.endswith("_config") else value
+            yield from _values(inside, f"{above}{plain(key)}.")
+        else:
+            yield f"{above}{plain(key)}", plain(repr(_number(value)))
+
+
+def _number(value: Any) -> Any:
+    """The value; of 10000.0, and of those in a list, the integer, which means the same."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _finding(key: str, first: Any, second: Any) -> Finding:
@@ -99,5 +129,9 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = plain(repr(value))
+    return shortened(plain(repr(value)))
+
+
+def shortened(text: str) -> str:
+    """The start of a value that is long."""
     return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…"

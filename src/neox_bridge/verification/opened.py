@@ -8,9 +8,8 @@ from math import prod
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open_stored import open_any
+from neox_bridge.layouts.open_stored import open_any, stored_model_of
 from neox_bridge.layouts.stored_model import StoredModel
-from neox_bridge.layouts.stored_reader import open_stored
 from neox_bridge.stores.paths import is_local
 from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 
@@ -70,10 +69,10 @@ def open_places(runs: Iterable[TrainingRun], configs: Sequence[str] = ()) -> lis
     by_run: dict[str, list[Opened]] = {}
     for step in opened:
         by_run.setdefault(step.run, []).append(step)
-    return [step for steps in by_run.values() for step in read_alike(steps)]
+    return [step for steps in by_run.values() for step in read_in_one_way(steps)]
 
 
-def read_alike(opened: Iterable[Opened]) -> list[Opened]:
+def read_in_one_way(opened: Iterable[Opened]) -> list[Opened]:
     """The same steps, all read by the names in their files if one of them is of no known family.
 
     GPT-NeoX checkpoints keep their family, because their files contain parts of tensors.
@@ -90,12 +89,9 @@ def read_by_names(opened: Opened) -> Opened:
     if not isinstance(checkpoint, Checkpoint) or checkpoint.kind != "hf":
         return opened
     try:
-        model = open_stored(checkpoint.path, "", checkpoint.revision)
+        return replace(opened, checkpoint=stored_model_of(checkpoint))
     except (BridgeError, OSError) as error:
-        return replace(
-            opened, checkpoint=None, fault=unreadable(opened.run, opened.place, error)
-        )
-    return opened if model is None else replace(opened, checkpoint=model)
+        return replace(opened, checkpoint=None, fault=unreadable(opened.run, opened.place, error))
 
 
 def unreadable(run: str, place: StepLocation, error: BridgeError | OSError) -> Fault:

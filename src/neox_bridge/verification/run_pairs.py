@@ -7,7 +7,8 @@ from typing import Literal
 
 from neox_bridge.errors import UsageError
 from neox_bridge.frameworks.suites import twin_of
-from neox_bridge.verification.opened import Opened, open_places
+from neox_bridge.layouts.stored_model import StoredModel
+from neox_bridge.verification.opened import Opened, open_places, read_in_one_way
 from neox_bridge.verification.runs import StepLocation, TrainingRun
 from neox_bridge.wording import some
 
@@ -32,6 +33,12 @@ class OpenedPair:
     both: tuple[tuple[Opened, Opened], ...] = ()
     alone: tuple[tuple[Side, StepLocation], ...] = ()
     configs: tuple[str, ...] = ()
+
+    @property
+    def by_names(self) -> bool:
+        """Whether steps of Hugging Face are read by the names in their files."""
+        opened = [step.checkpoint for pair in self.both for step in pair]
+        return any(isinstance(checkpoint, StoredModel) for checkpoint in opened)
 
     @property
     def size(self) -> int:
@@ -73,7 +80,10 @@ def open_pair(source: TrainingRun, twin: TrainingRun, configs: Sequence[str] = (
     A single checkpoint of an unknown step is paired with the single one of the other run. If a
     checkpoint cannot be opened, ``Opened.fault`` says why.
     """
-    source_steps, twin_steps = _opened(source, twin, configs), _opened(twin, source, configs)
+    here, there = _opened(source, twin, configs), _opened(twin, source, configs)
+    read = read_in_one_way([*here, *there])  # also if only one run is of a known family
+    source_steps = {step.number: step for step in read[: len(here)]}
+    twin_steps = {step.number: step for step in read[len(here) :]}
     both = [
         (step, twin_steps[number]) for number, step in source_steps.items() if number in twin_steps
     ]
@@ -89,18 +99,15 @@ def open_pair(source: TrainingRun, twin: TrainingRun, configs: Sequence[str] = (
     return OpenedPair(source.name, twin.name, tuple(both), tuple(alone), tuple(configs))
 
 
-def _opened(
-    run: TrainingRun, other: TrainingRun, configs: Sequence[str]
-) -> dict[int | None, Opened]:
-    """The steps of a run that the other run can have, by number."""
+def _opened(run: TrainingRun, other: TrainingRun, configs: Sequence[str]) -> list[Opened]:
+    """The steps of a run that the other run can have."""
     numbers = {place.number for place in other.places}
     places = [
         place
         for place in run.places
         if place.number is None or place.number in numbers or None in numbers
     ]
-    opened = open_places([TrainingRun(run.name, tuple(places))], configs)
-    return {step.number: step for step in opened}
+    return open_places([TrainingRun(run.name, tuple(places))], configs)
 
 
 def _base(name: str) -> str:

@@ -19,7 +19,7 @@ from neox_bridge.optimizer.read_export import number_in
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.stores.folder import is_hub
 from neox_bridge.stores.paths import states
-from neox_bridge.verification.config_values import config_values
+from neox_bridge.verification.config_differences import config_values
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.optimizer import named
