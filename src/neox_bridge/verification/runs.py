@@ -8,6 +8,7 @@ from urllib.parse import quote, unquote
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.file_names import HF_WEIGHTS
 from neox_bridge.layouts.near_names import check_not_local, not_local_either, suggestions
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.folder import HUB, is_hub
@@ -25,6 +26,7 @@ from neox_bridge.stores.step_names import NUMBERED, step_of
 from neox_bridge.wording import natural, some
 
 _NEOX = re.compile(r"global_step(\d+)")
+_MARKS = ("config.json", "adapter_config.json", "model_index.json", "modules.json", "latest")
 _WEIGHTS = ("model_states.pt", ".safetensors")
 _DEPTH = 4  # levels of folders to search; deeper ones are probably not a suite but a whole disk
 
@@ -169,10 +171,15 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
         yield from (_single(os.path.join(path, name), match) for name, match in numbered)
         others = [name for name in folders if not NUMBERED.fullmatch(name)]
         yield from _below(path, others, faults, depth)
-    elif any(name in ("config.json", "latest") or name.endswith(_WEIGHTS) for name in names):
+    elif any(map(_is_of_checkpoint, names)):
         yield _single(path, own_number)
     else:
         yield from _below(path, folders, faults, depth)
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    """Whether a file of this name makes its folder a checkpoint."""
+    return name in _MARKS or name.endswith(_WEIGHTS) or HF_WEIGHTS.fullmatch(name) is not None
 
 
 def _below(
