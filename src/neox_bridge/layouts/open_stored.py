@@ -65,7 +65,7 @@ def open_any(
         return _with_place(model, source, place)
 
 
-def openstored_model_of(source: str, *, revision: str | None = None) -> StoredModel:
+def open_as_stored(source: str, *, revision: str | None = None) -> StoredModel:
     """The weights of a Hugging Face repository as they are stored, also of a known family.
 
     Raises BridgeError if it has no weights, or if a file is damaged or missing.

@@ -22,6 +22,7 @@ from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step, read_step
 from neox_bridge.wording import some
 
+_ONE_FORMAT = "convert the run to one format, and audit it there"
 _ORDER = ("error", "warning", "info")
 
 
@@ -193,8 +194,7 @@ def _reading_faults(steps: Sequence[Step]) -> Iterator[Fault]:
             f"{which}. Its tensors are not compared with those of step {some(by_family)}, because "
             "GPT-NeoX stores other tensors"
         )
-        remedy = "convert the run to one format, and audit it there"
-        yield Fault("not-comparable", "warning", message, remedy, run, labels)
+        yield Fault("not-comparable", "warning", message, _ONE_FORMAT, run, labels)
 
 
 def _weight_faults(step: Step, stored: Checkpoint, read: Checkpoint) -> Iterator[Fault]:

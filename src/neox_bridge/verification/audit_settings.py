@@ -14,6 +14,7 @@ from neox_bridge.wording import plural, some
 
 Steps = Sequence[Step]
 _OTHER_RUN = "these steps may be from another run, or were converted with other settings"
+_OTHER_TOKENIZER = "copy the tokenizer of the run's other steps, unless it was meant to change"
 _REGULAR = 2  # number of equal distances on both sides of a gap that make a step count as missing
 
 
@@ -76,8 +77,7 @@ def _odd_tokenizers(steps: Steps) -> Iterator[Fault]:
         message = (
             f"{run}: {some(files)} at step {some(list(labels))} differ from those of most steps"
         )
-        remedy = "the vocabulary may be another; copy the tokenizer of the run's other steps"
-        yield Fault("tokenizer-differs", "warning", message, remedy, run, labels)
+        yield Fault("tokenizer-differs", "warning", message, _OTHER_TOKENIZER, run, labels)
 
 
 def _unknown_keys(steps: Steps) -> Iterator[Fault]:
