@@ -38,6 +38,7 @@ RUN_OF_TWO_RANKS = ROOT / "tests" / "data" / "reshard" / "bf16_tp2_dp2"
 RUN_STEPS = (0, 1000, 2000)
 RUNS = ("run", "old-run", "run-a", "run-b", "suite")
 PYTHIA = "docs/how-to/pythia.md"
+ANY_MODEL = "docs/how-to/any-model.md"
 RAW_CHECKPOINT = PUBLISHED / "v1_dp4_intervals" / "flat"
 RANKS, MICRO_BATCH = 64, 16  # those of Pythia-160M
 # Pages that say how everything that they name is made: their folder is empty at first.
@@ -53,6 +54,7 @@ EXITS = {
     "neox-bridge audit run\n": 3,
     "neox-bridge convert pythia-12b": 130,
     "neox-bridge convert run hf --ignore-key rope_scaling": 2,
+    "neox-bridge diff glm-4 glm-4-tuned": 3,
     "neox-bridge diff hf://EleutherAI/pythia-70m@step1000": 3,
     "neox-bridge diff run/global_step1000": 3,
     "neox-bridge doctor pythia-neox --error traceback.txt --for": 4,
@@ -345,6 +347,10 @@ def stage(name: str, folder: Path, source: Path) -> Iterator[Shell]:
     for repo in [repo for repo in ("pythia-70m", "pythia-410m") if f"EleutherAI/{repo}" in text]:
         for revision in ("main", "step0", "step1000", "step100000", "step143000"):
             stub.put_files(f"EleutherAI/{repo}", revision, model)
+    if name == ANY_MODEL:
+        import hf_families
+
+        stub.put_files("Qwen/Qwen3-0.6B", "main", hf_families.make("qwen3", folder / "qwen3"))
     with ExitStack() as stack:
         if RAW in text:
             flat = saved_by_many_ranks(folder / "flat") if name == PYTHIA else RAW_CHECKPOINT
@@ -381,6 +387,41 @@ def write_overflow(cwd: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def write_other_families(cwd: Path) -> None:
+    """Models of families that are not converted: copies, a quantized one, and a run."""
+    import hf_families
+    import torch
+
+    model = hf_families.make("glm4_moe", cwd / "glm-4")
+    for name in ("glm-4-copy", "glm-4-tuned", "glm-4-fp8"):
+        shutil.copytree(model, cwd / name)
+
+    def tune(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight"][0] += 0.01
+        tensors["model.norm.weight"] *= 1.5
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "proj.weight" in name]:
+            tensors[name] = (tensors[name] * 100).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = torch.tensor([0.01])
+
+    hf_families.changed(cwd / "glm-4-tuned", tune)
+    hf_families.changed(cwd / "glm-4-fp8", quantize)
+    config = json.loads((cwd / "glm-4-fp8" / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "static"}
+    text = json.dumps({**config, "quantization_config": settings}, indent=2)
+    (cwd / "glm-4-fp8" / "config.json").write_text(text)
+    for number in range(1000, 5000, 1000):
+        step = hf_families.make("qwen3", cwd / "steps" / f"step{number}")
+        scale = 1 + number / 10**5
+
+        def train(tensors: dict[str, torch.Tensor], scale: float = scale) -> None:
+            for tensor in tensors.values():
+                tensor *= scale
+
+        hf_families.changed(step, train)
+
+
 def prepare(name: str, shell: Shell) -> None:
     """What only one page has."""
     if "~/gpt-neox" in (ROOT / name).read_text(encoding="utf-8"):
@@ -409,6 +450,8 @@ def prepare(name: str, shell: Shell) -> None:
             "neox-bridge reshard run run-dp1 --dp 1 --micro-batch 8 -q; cp -r run run-dp2"
         ),
     }
+    if name == ANY_MODEL:
+        write_other_families(shell.cwd)
     if name == "docs/how-to/verify.md":
         write_overflow(shell.cwd)
     (shell.cwd / "traceback.txt").write_text(TRACEBACK)
