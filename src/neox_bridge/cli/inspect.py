@@ -173,7 +173,7 @@ def _inspect_stored(
             facts["stats"] = stats_json(statistics)
         print_json(facts)
         return
-    print_stored(model, facts, tensors=options.tensors)
+    print_stored(model, facts, tensors=options.tensors, patterns=statistics is None)
     if statistics is not None:
         print_stats(statistics)
     tell_findings(faults, quiet=False)

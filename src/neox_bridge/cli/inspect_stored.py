@@ -93,13 +93,18 @@ def stored_tensors(model: "StoredModel") -> list[dict[str, Any]]:
     ]
 
 
-def print_stored(model: "StoredModel", facts: dict[str, Any], *, tensors: bool) -> None:
-    """Print the facts of ``describe_stored``, and every tensor or the patterns of their names."""
+def print_stored(
+    model: "StoredModel", facts: dict[str, Any], *, tensors: bool, patterns: bool
+) -> None:
+    """Print the facts of ``describe_stored``.
+
+    tensors: print every tensor. patterns: if not, print the patterns of their names.
+    """
     for key, text in stored_lines(facts):
         print_line(f"{key:<12}{text}")
     if tensors:
         _print_tensors(model)
-    else:
+    elif patterns:
         _print_patterns(facts["patterns"])
 
 
