@@ -265,6 +265,29 @@ def test_an_absent_shard_without_an_index_is_named(qwen3: Path) -> None:
     assert f"{files[0]} is missing, although the names of the others tell it" in done.stderr
 
 
+def test_a_single_file_is_read_instead_of_an_index(qwen3: Path, models: Path) -> None:
+    files = shards_of(qwen3, 2)
+    files[1].unlink()
+    shutil.copy(models / "qwen3" / "model.safetensors", qwen3)
+    facts = facts_of(qwen3)
+    assert [finding["code"] for finding in facts["findings"]] == ["index-ignored"]
+    assert facts["files"] == [str(qwen3 / "model.safetensors")]
+
+
+def test_the_files_of_mistral(models: Path, tmp_path: Path) -> None:
+    shutil.copy(models / "mixtral" / "model.safetensors", tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text('{"dim": 32, "n_layers": 2, "n_heads": 4}')
+    facts = facts_of(tmp_path)
+    assert facts["family"] is None
+    assert facts["components"][0]["files"] == [str(tmp_path / "consolidated.safetensors")]
+
+
+def test_names_of_folders_may_have_dots(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    shutil.copytree(models / "bert", tmp_path / "v1.5")
+    assert [part["folder"] for part in facts_of(tmp_path)["components"]] == [str(tmp_path / "v1.5")]
+
+
 def test_a_tensor_that_no_shard_has_is_named(qwen3: Path) -> None:
     files = shards_of(qwen3, 2)
     edit_index(qwen3, **{"model.other.weight": files[1].name})

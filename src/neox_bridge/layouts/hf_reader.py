@@ -29,7 +29,7 @@ from neox_bridge.layouts.folder_kinds import (
     shards_without_index,
     unfinished_download,
 )
-from neox_bridge.layouts.index_findings import index_findings
+from neox_bridge.layouts.index_findings import index_findings, index_ignored
 from neox_bridge.layouts.joined_tensors import halves_of_pairs, split_joined, stored_name
 from neox_bridge.layouts.linked_files import brought_along, check_own
 from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
@@ -238,7 +238,7 @@ def _read_tensors(path: str) -> _Stored:
         file = os.path.join(path, single)
         index = f"{file}.index.json"
         if lexists(file):
-            beside = [_index_ignored(single)] if lexists(index) else []
+            beside = [index_ignored(single)] if lexists(index) else []
             tensors, classes = _read_file(file)
             return _Stored(tensors, (file,), findings=beside, classes=classes)
         if lexists(index):
@@ -249,17 +249,6 @@ def _read_tensors(path: str) -> _Stored:
     raise BridgeError(
         f"{path} has a config.json but no weights: {', '.join(_SINGLE)} and their index files "
         "are missing. Download the weights too."
-    )
-
-
-def _index_ignored(single: str) -> Finding:
-    """transformers prefers the single file to the index (modeling_utils.py)."""
-    return Finding(
-        "index-ignored",
-        "warning",
-        f"{single}.index.json and {single} are both in the folder. Like transformers, "
-        f"neox-bridge reads {single} and ignores the shards that the index names",
-        f"remove whichever is out of date: {single}, or the index and its shards",
     )
 
 

@@ -10,6 +10,20 @@ from neox_bridge.wording import some
 _GET_AGAIN = "download the index and the shards again, from one revision"
 
 
+def index_ignored(single: str) -> Finding:
+    """The finding about an index beside a single file of the same weights.
+
+    transformers prefers the file (modeling_utils.py).
+    """
+    return Finding(
+        "index-ignored",
+        "warning",
+        f"{single}.index.json and {single} are both in the folder. Like transformers, "
+        f"neox-bridge reads {single} and ignores the shards that the index names",
+        f"remove whichever is out of date: {single}, or the index and its shards",
+    )
+
+
 def index_findings(
     weights: WeightSet,
     refs: Mapping[str, TensorRef],

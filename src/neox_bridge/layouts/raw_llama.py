@@ -14,7 +14,7 @@ from typing import Any
 
 from neox_bridge.architectures.neox_config import number
 from neox_bridge.architectures.setting_types import check_hf
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import BridgeError, NotOfFamily, Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
@@ -112,7 +112,7 @@ def _read_params(settings: Mapping[str, Any], path: str) -> _Params:
     if lacking := [
         key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in settings
     ]:
-        raise BridgeError(
+        raise NotOfFamily(
             f"{path} does not describe a Llama model. Missing: {some(lacking)}. Download the file "
             "again."
         )
@@ -224,7 +224,7 @@ def _gathered(
             whole = _halves(whole, heads, key, path)
         tensors[hf.format(i=block[1] if block else "")] = whole
     if unknown:
-        raise BridgeError(f"{path} contains tensors that no Llama model has: {some(unknown)}.")
+        raise NotOfFamily(f"{path} contains tensors that no Llama model has: {some(unknown)}.")
     return tensors, dropped
 
 

@@ -9,7 +9,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import Entry, read_entries
 from neox_bridge.layouts.folder_kinds import unfinished_download
-from neox_bridge.layouts.index_findings import index_findings
+from neox_bridge.layouts.index_findings import index_findings, index_ignored
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.quantized import (
     Quantization,
@@ -29,6 +29,8 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
+# endings of files, which need not be asked whether they are folders
+_FILES = (".bin", ".gguf", ".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".txt")
 _DEPTH = 2  # levels of folders below the repository that may contain components
 _UNDECODED = ("complex64", "complex128")  # they are two numbers each
 _LABEL_CHARACTERS = 40
@@ -49,6 +51,7 @@ def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | Non
     left: list[str] = []
     places = list(_places(path, left))
     pickled = all(one.pickled for _, _, one in places)
+    singles = {(folder, one.files[0]) for folder, _, one in places if not one.index}
     components: list[Component] = []
     findings: list[Finding] = []
     named: set[str] = set()
@@ -56,6 +59,9 @@ def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | Non
     for folder, below, weights in places:
         if weights.pickled and not pickled:
             left += [f"{below}/{file}" if below else file for file in weights.files]
+            continue
+        if weights.index and (folder, weights.name) in singles:
+            findings.append(index_ignored(weights.name))
             continue
         name = below
         if name in named:  # a further set in the same folder
@@ -109,7 +115,7 @@ def _folders(folder: str, below: str, depth: int, left: list[str]) -> Iterator[t
         return
     for name in list_folder(folder):
         inner = os.path.join(folder, name)
-        if name.startswith((".", "_")) or "." in name or not isdir(inner):
+        if name.startswith((".", "__")) or name.endswith(_FILES) or not isdir(inner):
             continue
         if NUMBERED.fullmatch(name):
             left.append(os.path.join(below, name))
