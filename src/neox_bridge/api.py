@@ -485,6 +485,7 @@ def audit(
     configs: Sequence[str] = (),
     same_init: bool = False,
     optimizer: bool = False,
+    blobs: bool = False,
     cache: str | None = None,
     workers: int | None = None,
     progress: Listener | None = None,
@@ -503,6 +504,8 @@ def audit(
         configs: The yml files of training runs whose GPT-NeoX checkpoints contain none.
         same_init: Report runs of the same shape whose initial weights differ.
         optimizer: Also audit the optimizer states.
+        blobs: Read every file of a model in the Hugging Face cache once more, to compare it with
+            the hash in its name.
         cache: A folder that caches fingerprints of unchanged files; None for no cache.
         workers: Threads.
         progress: Called with a ``Progress`` whenever bytes were done, by any thread.
@@ -512,6 +515,7 @@ def audit(
         UsageError: ``steps`` is malformed or matches no step.
     """
     from neox_bridge.verification.audit import audit as compare
+    from neox_bridge.verification.audit_blobs import blob_bytes
     from neox_bridge.verification.opened import open_places
     from neox_bridge.verification.runs import known_runs
     from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
@@ -522,12 +526,14 @@ def audit(
     check_ranges(steps, runs)
     opened = open_places([with_steps(run, steps) for run in runs], configs)
     size = sum(place.size + (place.states if optimizer else 0) for place in opened)
+    size += blob_bytes(opened) if blobs else 0
     with _counting(progress, "reading", size) as count:
         result = compare(
             opened,
             faults=faults,
             same_init=same_init,
             optimizer=optimizer,
+            blobs=blobs,
             cache=cache,
             workers=workers,
             progress=count,

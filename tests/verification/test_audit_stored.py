@@ -1,5 +1,6 @@
 """An audit of suites whose family neox-bridge does not know: each fault is found, and no other."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -346,6 +347,75 @@ def test_a_gpt_neox_run_against_one_of_no_known_family(tmp_path: Path) -> None:
     rows = json.loads(done.stdout)["comparisons"][0]["rows"]
     assert {(row["status"], row["read_by"]) for row in rows} == {("unreadable", None)}
     assert "Only the rules of a family tell" in rows[0]["reason"]
+
+
+# --- a cache
+
+
+def cached(run: Path, home: Path) -> Path:
+    """The run as huggingface_hub caches it: a revision for each step, with links to blobs."""
+    root = home / "models--org--name"
+    for folder in ("refs", "blobs"):
+        (root / folder).mkdir(parents=True)
+    for step in STEPS:
+        commit = f"{step:040x}"
+        (root / "refs" / f"step{step}").write_text(commit)
+        snapshot = root / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for path in (run / f"step{step}").iterdir():
+            data = path.read_bytes()
+            name = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            if path.suffix == ".safetensors":
+                name = hashlib.sha256(data).hexdigest()
+            (root / "blobs" / name).write_bytes(data)
+            (snapshot / path.name).symlink_to(f"../../blobs/{name}")
+    return root
+
+
+def spoil(path: Path, place: int) -> Path:
+    """Change a byte of the blob that a link leads to. Returns the blob."""
+    blob = path.resolve()
+    data = bytearray(blob.read_bytes())
+    data[place] ^= 1
+    blob.write_bytes(data)
+    return blob
+
+
+def test_blobs_with_the_hashes_in_their_names(qwen3: Path, tmp_path: Path) -> None:
+    root = cached(qwen3, tmp_path)
+    (unread,) = audit([str(root)]).faults
+    assert (unread.code, unread.severity) == ("blobs-not-checked", "info")
+    (read,) = audit([str(root)], blobs=True).faults
+    assert (read.code, read.severity) == ("blobs-checked", "info")
+    count = len(list((root / "blobs").iterdir()))
+    assert f"{count} blobs (" in read.message
+    assert len(audit([str(root)]).steps) == len(STEPS)
+
+
+@pytest.mark.parametrize(("name", "place"), [("model-00001", -1), ("generation_config", 3)])
+def test_a_blob_that_is_not_what_its_name_says(
+    name: str, place: int, qwen3: Path, tmp_path: Path
+) -> None:
+    root = cached(qwen3, tmp_path)
+    link = next((root / "snapshots" / f"{3000:040x}").glob(f"{name}*"))
+    blob = spoil(link, place)
+    done = cli("audit", root, "--blobs", "--json", "--cache", "none")
+    assert done.exit_code == 3, done.output
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert (finding["code"], finding["severity"]) == ("wrong-blob", "error")
+    assert "3000" in finding["steps"]
+    assert str(blob) in finding["message"]
+    assert link.name in finding["message"]
+    assert cli("audit", root, "--cache", "none").exit_code == 0, "only --blobs reads them"
+
+
+def test_a_blob_that_is_missing(qwen3: Path, tmp_path: Path) -> None:
+    root = cached(qwen3, tmp_path)
+    link = root / "snapshots" / f"{3000:040x}" / "README.md"
+    link.symlink_to(f"../../blobs/{'0' * 40}")
+    (fault,) = audit([str(root)], blobs=True).faults
+    assert (fault.code, fault.steps) == ("wrong-blob", ("3000",))
+    assert "README.md at step 3000) is damaged: it cannot be read: No such file" in fault.message
 
 
 # --- what is printed

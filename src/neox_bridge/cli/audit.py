@@ -48,6 +48,11 @@ class AuditOptions:
         False, "Report runs of the same shape whose initial weights (step 0) differ.", common=True
     )
     optimizer: bool = option(False, "Also audit the optimizer states, if there are any.")
+    blobs: bool = option(
+        False,
+        "Also read every file of a model in the Hugging Face cache, to compare it with the hash in "
+        "its name.",
+    )
     cache: str | None = option(
         None,
         "The folder for cached hashes, so that unchanged files are not read again. Default: "
@@ -82,8 +87,12 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
 
     Finds identical steps, weights that belong to another step (down to one rank's shard of one
     layer), runs whose initial weights should be equal but differ or should differ but are equal,
-    norms that jump, NaN, and steps that are missing, incomplete or from another model. Format,
-    layout and tensor parallelism may change from step to step. DIR is not modified.
+    norms that jump, NaN, changed configs and tokenizers, indexes that their shards contradict, and
+    steps that are missing, incomplete or from another model. Format, layout and tensor parallelism
+    may change from step to step. DIR is not modified.
+
+    Hugging Face checkpoints may be of any family. Those of a family that neox-bridge does not know
+    are compared by the names in their files.
 
     With --against, each step is compared with the same step of another run instead. If the weights
     differ, the audit says at which other step they are. Different dtypes are compared after a
@@ -100,12 +109,13 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
     """
     from neox_bridge.layouts.open import check_configs_used
     from neox_bridge.verification.audit import audit as look
+    from neox_bridge.verification.audit_blobs import blob_bytes
     from neox_bridge.verification.hash_cache import default_folder
     from neox_bridge.verification.opened import open_places
     from neox_bridge.verification.runs import known_runs
     from neox_bridge.verification.step_choice import check_ranges, with_steps
 
-    named = given("same_init", "optimizer", "plot")
+    named = given("same_init", "optimizer", "blobs", "plot")
     if options.against is not None and named:
         raise UsageError(
             named, "cannot be combined with --against", "Leave it out, or audit the run alone."
@@ -126,12 +136,14 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
     checkpoints = [place.checkpoint for place in opened if place.checkpoint is not None]
     check_configs_used(reading.configs, *checkpoints)
     size = sum(place.size + (place.states if options.optimizer else 0) for place in opened)
+    size += blob_bytes(opened) if options.blobs else 0
     with progress_bar(size, "reading", output.quiet) as progress:
         result = look(
             opened,
             faults=faults,
             same_init=options.same_init,
             optimizer=options.optimizer,
+            blobs=options.blobs,
             cache=cache,
             workers=options.max_workers,
             progress=progress,

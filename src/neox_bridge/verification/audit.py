@@ -13,6 +13,7 @@ from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
+from neox_bridge.verification.audit_blobs import blob_faults
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import broken_faults, jump_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
@@ -90,6 +91,7 @@ def audit(
     faults: Iterable[Fault] = (),
     same_init: bool = False,
     optimizer: bool = False,
+    blobs: bool = False,
     cache: str | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -101,14 +103,17 @@ def audit(
     Args:
         optimizer: Also audit optimizer states.
         faults: Already known faults.
+        blobs: Read every blob of a Hugging Face cache, to compare it with the hash in its name.
         same_init: Runs of the same shape must have equal initial weights.
         cache: The folder of the cache (``hash_cache``), or None.
     """
     runs: dict[str, list[Step]] = {}
     numbers: dict[str, list[int]] = {}
     all_faults = list(faults)
+    opened_runs: dict[str, list[Opened]] = {}
     for one in opened:
         runs.setdefault(one.run, [])
+        opened_runs.setdefault(one.run, []).append(one)
         if one.place.number is not None:
             numbers.setdefault(one.run, []).append(one.place.number)
         if one.checkpoint is None:
@@ -141,6 +146,7 @@ def audit(
             if isinstance(one.checkpoint, Checkpoint) and isinstance(checkpoint, Checkpoint):
                 all_faults += _weight_faults(step, one.checkpoint, checkpoint)
     for run, steps in runs.items():
+        all_faults += blob_faults(opened_runs[run], blobs, workers=workers, progress=progress)
         all_faults += _reading_faults(steps)
         for way in ("family", "names"):
             all_faults += judge([step for step in steps if step.read_by == way])
