@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from neox_bridge.wording import human
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.report.parts import Section, Verdict
 
 
@@ -66,7 +67,7 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
     """Create one HTML page of checkpoints and results: the verdict first, then layer by layer.
 
     The page is self-contained, without scripts and network requests. The weights of a checkpoint
-    are read once, for statistics.
+    are read once, for statistics. A Hugging Face model may be of any family.
 
     \b
     Examples:
@@ -75,7 +76,7 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
 
     Exit codes: 0 written, 3 written, and it shows differences or faults, 1 error.
     """
-    from neox_bridge.layouts.open import check_configs_used, open_with
+    from neox_bridge.layouts.open import check_configs_used
     from neox_bridge.report.page import render, require, verdict_of
     from neox_bridge.report.read import inputs, today, write_page
 
@@ -87,8 +88,8 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
             ["source"], f"needs exactly one checkpoint among the PATHs, not {len(checkpoints)}"
         )
     write_page(options.output, None, options.overwrite)
-    opened = {entry.name: open_with(entry.name, reading.configs) for entry in checkpoints}
-    source = None if options.source is None else open_with(options.source, reading.configs)
+    opened = {entry.name: reading.open_any(entry.name) for entry in checkpoints}
+    source = None if options.source is None else reading.open_any(options.source)
     check_configs_used(reading.configs, *opened.values(), *([source] if source else []))
     sections: list[Section] = []
     for entry in entries:
@@ -121,15 +122,17 @@ def _state(verdict: Verdict) -> dict[str, str]:
 
 
 def _checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | StoredModel,
     path: str,
-    source: Checkpoint | None,
+    source: Checkpoint | StoredModel | None,
     number: int,
     options: ReportOptions,
     output: Output,
 ) -> list[Section]:
     from neox_bridge.cli.inspect import describe, summary_lines
+    from neox_bridge.cli.inspect_stored import describe_stored, stored_lines
     from neox_bridge.conversion import comparison_of, verify_comparison
+    from neox_bridge.layouts.stored_model import StoredModel
     from neox_bridge.report.sections import checkpoint_section, verification_section
     from neox_bridge.verification.statistics import findings, statistics
 
@@ -143,8 +146,11 @@ def _checkpoint(
             compared = verify_comparison(comparison, progress, workers=workers)
             compared = replace(compared, findings=findings_as_options(compared.findings))
     faults = findings_as_options((*checkpoint.findings, *findings(stats, checkpoint)))
-    lines = summary_lines(describe(checkpoint))
-    parts = [checkpoint_section(path, lines, checkpoint.record, stats, faults, f"s{number}-")]
+    if isinstance(checkpoint, StoredModel):
+        lines, record = stored_lines(describe_stored(checkpoint)), dict[str, Any]()
+    else:
+        lines, record = summary_lines(describe(checkpoint)), dict(checkpoint.record)
+    parts = [checkpoint_section(path, lines, record, stats, faults, f"s{number}-")]
     if compared is not None and options.source is not None:
         parts.insert(0, verification_section(compared, options.source, path, f"s{number + 1}-"))
     return parts

@@ -49,6 +49,7 @@ def _table(steps: Sequence[Document], caption: str, folded: bool) -> Table:
     rows = []
     for step in steps:
         ranks = f", TP {step['tensor_parallel']}" if step["kind"] == "neox" else ""
+        ranks += ", by names" if step.get("read_by") == "names" else ""
         rows.append(
             (
                 str(step["run"]),

@@ -110,12 +110,14 @@ def _inputs(path: str) -> Iterator[ReportInput]:
 
 
 def _is_checkpoint(path: str) -> bool:
+    from neox_bridge.layouts.file_names import is_model_text
     from neox_bridge.layouts.open import detect
+    from neox_bridge.layouts.weight_sets import is_weights_file
 
     try:
         detect(path)
     except BridgeError:
-        return False
+        return any(is_weights_file(name) or is_model_text(name) for name in os.listdir(path))
     return True
 
 

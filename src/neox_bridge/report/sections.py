@@ -29,6 +29,9 @@ from neox_bridge.wording import KINDS, human, plural, side
 
 # lines of ``inspect`` that appear as title, findings and provenance
 _ELSEWHERE = ("path", "written by", "error", "warning", "info")
+_MOST_ROWS = 5_000  # of a table of tensors, so that a browser can show it
+_MOST_PANELS = 40  # of the plot
+_MOST_OUTSIDE = 60  # tensors outside the blocks in the plot
 _OPEN = 12  # rows up to which a table is not folded
 
 
@@ -78,6 +81,7 @@ def checkpoint_section(
     """
     from neox_bridge.verification.statistics_figure import statistics_figure
 
+    drawn = _drawn(stats)
     state = state_of(findings)
     faults = sum(finding.severity in ("error", "warning") for finding in findings)
     words = (
@@ -86,8 +90,9 @@ def checkpoint_section(
         else f"Sound: {plural(len(stats), 'tensor')} without NaN, infinities or dead weights"
     )
     plot = plot_of(
-        lambda: statistics_figure(stats),
-        "Each kind of weight over the layers: standard deviation and largest absolute value.",
+        lambda: statistics_figure(drawn),
+        "Each kind of weight over the layers: standard deviation and largest absolute value."
+        + (" Not every tensor is drawn." if len(drawn) < len(stats) else ""),
         prefix,
     )
     written = "written_by" in record
@@ -97,7 +102,7 @@ def checkpoint_section(
         Verdict(state, words, holds=state != "bad"),
         [(key, text) for key, text in lines if key not in _ELSEWHERE],
         findings,
-        [plot] if stats else [],
+        [plot] if drawn else [],
         [_statistics_table(stats), *_settings(record)],
         _origin(record),
     )
@@ -291,6 +296,19 @@ def _differences_table(
     return Table(caption, head, "llrrrr", rows, len(rows) > _OPEN if folded is None else folded)
 
 
+def _drawn(stats: Sequence[Statistics]) -> list[Statistics]:
+    """The tensors of the plot: those that are decoded, unless there are too many kinds."""
+    from neox_bridge.verification.drawing import place_of
+
+    decoded = [s for s in stats if s.decoded]
+    places = [place_of(s.name) for s in decoded]
+    kinds = list(dict.fromkeys(kind for kind, block in places if block is not None))[:_MOST_PANELS]
+    outside = [s for s, (_, block) in zip(decoded, places, strict=True) if block is None]
+    kept = {s.name for s in outside[:_MOST_OUTSIDE]}
+    kept |= {s.name for s, (kind, _) in zip(decoded, places, strict=True) if kind in kinds}
+    return [s for s in decoded if s.name in kept]
+
+
 def _statistics_table(stats: Sequence[Statistics]) -> Table:
     head = ("tensor", "dtype", "shape", "min", "max", "mean", "std", "zeros", "NaN", "Inf")
     rows = [
@@ -298,14 +316,21 @@ def _statistics_table(stats: Sequence[Statistics]) -> Table:
             s.name,
             s.dtype,
             str(list(s.shape)),
-            *(_number(value) for value in (s.minimum, s.maximum, s.mean, s.std)),
-            f"{s.zeros:.1%}" if s.zeros else "0",
-            f"{s.nans:,}",
-            f"{s.infs:,}",
+            *_numbers(s),
         )
-        for s in stats
+        for s in stats[:_MOST_ROWS]
     ]
-    return Table(f"All {len(rows):,} tensors", head, "lllrrrrrrr", rows)
+    first = "The first" if len(rows) < len(stats) else "All"
+    of = f" of {len(stats):,}" if len(rows) < len(stats) else ""
+    return Table(f"{first} {len(rows):,}{of} tensors", head, "lllrrrrrrr", rows)
+
+
+def _numbers(s: Statistics) -> tuple[str, ...]:
+    if not s.decoded:
+        return ("not decoded", *[""] * 6)
+    measured = (_number(value) for value in (s.minimum, s.maximum, s.mean, s.std))
+    zeros = f"{s.zeros:.1%}" if s.zeros else "0"
+    return (*measured, zeros, f"{s.nans:,}", f"{s.infs:,}")
 
 
 def _origin(record: Mapping[str, Any]) -> Facts:
