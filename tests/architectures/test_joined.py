@@ -174,6 +174,16 @@ def test_rows_of_glm_are_reordered(tmp_path: Path) -> None:
         assert torch.equal(rank[f"3.attention.query_key_value.{leaf}"], whole[rows])
 
 
+def test_matrices_without_rows_are_read(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="glm")
+    parts = {f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "qkv"}
+    empty = {f"{part}.weight": torch.zeros(0, 64) for part in parts}
+    empty |= {f"{part}.bias": torch.zeros(0) for part in parts}
+    outputs = {f"model.layers.{n}.self_attn.o_proj.weight": torch.zeros(64, 0) for n in (0, 1)}
+    stored(hf, **empty, **outputs)
+    assert open_checkpoint(str(hf)).config.dims["q"] == 0
+
+
 def test_biases_of_glm_without_a_record(tmp_path: Path) -> None:
     """Only GLM has biases of q, k and v, RMSNorm, and partly rotated heads."""
     hf = make_hf(tmp_path / "hf", family="glm")

@@ -50,14 +50,21 @@ def _source(name: str, make: Callable[[Path], object]) -> Path:
 
 def _hf(family: str) -> Path:
     """A model of each family; made of a GPT-NeoX checkpoint, which takes less time than torch."""
-    origin = {"llama": "llama_gqa_fp32_tp2", "gpt_neox": "pythia_fp32_pp1_tp2"}
+    origin = {"gpt_neox": "pythia_fp32_pp1_tp2", "phi3": "phi3_fp32_tp2", "glm": "phi3_fp32_tp2"}
     if family == "mamba":
         root = Path(__file__).parents[1] / "data" / "mamba" / "checkpoints"
     else:
         root = fixture(origin.get(family, "llama_gqa_fp32_tp2"))
 
     def make(path: Path) -> None:
-        convert(root, path)
+        source = root
+        if family == "glm":  # the record says what it was
+            source = shutil.copytree(root, _TOP / "neox-glm")
+            was = {**json.loads((_hf("phi3") / "good.json").read_text()), "model_type": "glm"}
+            was |= {"architectures": ["GlmForCausalLM"], "attention_bias": False}
+            del was["resid_pdrop"], was["original_max_position_embeddings"], was["sliding_window"]
+            (step_of(source) / "neox_bridge.json").write_text(json.dumps({"config": was}))
+        convert(source, path)
         config = json.loads((path / "config.json").read_text())
         if family in ("mistral", "qwen2"):
             config["model_type"] = family
@@ -67,7 +74,7 @@ def _hf(family: str) -> Path:
     return _source(f"hf-{family}", make)
 
 
-_FAMILIES = ("gpt_neox", "llama", "mistral", "mamba")
+_FAMILIES = ("gpt_neox", "llama", "mistral", "mamba", "phi3", "glm")
 _SETTINGS = st.dictionaries(st.sampled_from(sorted(setting_types.HF)), JSON, max_size=3)
 
 

@@ -150,7 +150,7 @@ def _with_rotated_rows(whole: Whole, rows: int, rotated: int, to_pairs: bool) ->
     rest = whole.shape[1:]
     zeros = (0,) * len(rest)
     pieces: list[Piece] = []
-    for first in range(0, whole.shape[0], rows):
+    for first in range(0, whole.shape[0], rows or 1):
         head = cut(whole, (first, *zeros), (rows, *rest), (0, *zeros))
         turned = Whole(whole.dtype, (rows, *rest), head)
         if len(head) == 1 and head[0].source is not None and not to_pairs:
