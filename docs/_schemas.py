@@ -37,7 +37,7 @@ from neox_bridge.patch.places import Change
 from neox_bridge.planning.casts import Cast
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.verification.compare import Difference
-from neox_bridge.verification.logits import Cause, NonFinite
+from neox_bridge.verification.logits import Cause, LoadChange, NonFinite
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.sealed import FileChange
 from neox_bridge.verification.statistics import Statistics
@@ -542,6 +542,7 @@ class LogitsAgreement(TypedDict):
     causes: list[Cause]
     explained: bool
     non_finite: NonFinite | None
+    load_changes: list[LoadChange]
 
 
 class _Verification(Head):

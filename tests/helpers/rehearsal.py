@@ -64,6 +64,7 @@ EXITS = {
     "neox-bridge inspect downloaded.bin --security": 1,
     "neox-bridge reshard run new --dp 3": 4,
     "neox-bridge verify llama-bf16": 3,
+    "neox-bridge verify glm-4 glm-4-tuned": 3,
     "neox-bridge verify run/global_step1000": 3,
 }
 # Other programs that pages call, and that run too. All others are marked in the page with what they
@@ -450,7 +451,7 @@ def prepare(name: str, shell: Shell) -> None:
             "neox-bridge reshard run run-dp1 --dp 1 --micro-batch 8 -q; cp -r run run-dp2"
         ),
     }
-    if name == ANY_MODEL:
+    if name in (ANY_MODEL, "docs/how-to/verify.md"):
         write_other_families(shell.cwd)
     if name == "docs/how-to/verify.md":
         write_overflow(shell.cwd)

@@ -58,36 +58,36 @@ def test_agreement_is_measured_over_tokens_and_rows() -> None:
     b = torch.tensor([[0.0, 1.0, -4.0], [1.0, 2.0, 0.0]])
     p, q = a[1].double().softmax(0), b[1].double().softmax(0)
     kl = float((p * (p.log() - q.log())).sum()) / 2
-    found = comparing._measure(a, b)
+    found = comparing.measure(a, b)
     assert (found.tokens, found.largest, found.relative, found.top1) == (2, 1.0, 0.25, 0.5)
     assert found.mean == pytest.approx(2 / 6)
     assert found.kl == pytest.approx(kl, rel=1e-12)
     assert kl > 0.1
-    assert comparing._measure(a, a) == Agreement(2, 0.0, 0.0, 0.0, 0.0, 1.0)
+    assert comparing.measure(a, a) == Agreement(2, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def test_tokens_that_are_not_finite_are_left_out() -> None:
     a = torch.tensor([[0.0, math.nan], [2.0, 1.0]])
     b = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-    assert comparing._measure(a, b).tokens == comparing._measure(b, a).tokens == 1
-    assert comparing._measure(a, b).largest == 1.0
+    assert comparing.measure(a, b).tokens == comparing.measure(b, a).tokens == 1
+    assert comparing.measure(a, b).largest == 1.0
     nothing = Agreement(0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    assert comparing._measure(a[:1], b[:1]) == nothing
+    assert comparing.measure(a[:1], b[:1]) == nothing
     zero = torch.zeros(1, 2)
-    assert comparing._measure(zero, zero).relative == 0.0
-    assert comparing._measure(zero, zero + 1e-9).relative == 1.0
+    assert comparing.measure(zero, zero).relative == 0.0
+    assert comparing.measure(zero, zero + 1e-9).relative == 1.0
 
 
 def test_two_parts_are_apart_by_the_larger_of_both() -> None:
     a, b = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
-    assert comparing._apart(a, b) == comparing._apart(b, a) == pytest.approx(0.2)
-    assert comparing._apart(a, a) == 0.0
-    assert comparing._apart(a, b[:1]) == math.inf
-    assert comparing._apart(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert comparing.apart(a, b) == comparing.apart(b, a) == pytest.approx(0.2)
+    assert comparing.apart(a, a) == 0.0
+    assert comparing.apart(a, b[:1]) == math.inf
+    assert comparing.apart(torch.zeros(2), torch.zeros(2)) == 0.0
     odd = torch.tensor([math.inf, 5.0])
-    assert comparing._apart(odd, b) == comparing._apart(b, odd) == math.inf
-    assert comparing._apart(odd, torch.tensor([math.nan, 5.0])) == 0.0
-    assert comparing._apart(odd[:1], odd[:1]) == 0.0
+    assert comparing.apart(odd, b) == comparing.apart(b, odd) == math.inf
+    assert comparing.apart(odd, torch.tensor([math.nan, 5.0])) == 0.0
+    assert comparing.apart(odd[:1], odd[:1]) == 0.0
 
 
 @pytest.mark.parametrize(

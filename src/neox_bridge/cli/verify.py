@@ -17,7 +17,7 @@ from neox_bridge.documents import document, plain_data
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.extras import install_command
 from neox_bridge.option import inherited, option
-from neox_bridge.wording import human, plural
+from neox_bridge.wording import human, plural, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +130,9 @@ def verify(
         for key, agreement in agreements.items():
             of = {"logits": target, "recorded": f"recorded logits, and {source}"}[key]
             other = {"logits": target, "recorded": "the recorded logits"}[key]
-            if agreement.non_finite is not None:
+            if agreement.load_changes:
+                _tell_load_changes(of, agreement)
+            elif agreement.non_finite is not None:
                 _tell_non_finite(of, source, other, agreement)
             else:
                 _tell_agreement(of, agreement)
@@ -194,7 +196,13 @@ def _computation(
 
     first, second = comparison.source, comparison.target
     if isinstance(first, StoredModel) or isinstance(second, StoredModel):
-        raise UsageError(["logits"], "only for checkpoints of known families", "Leave it out.")
+        from neox_bridge.verification.stored_logits import compare_stored_logits
+
+        assert isinstance(first, StoredModel)
+        assert isinstance(second, StoredModel)
+        # before the tensors are compared, since it may be refused
+        agreements = compare_stored_logits(first, second, tokens, device)
+        return lambda: agreements
     inputs = read_tokens(tokens, (first, second))
     return lambda: _computed(first, second, inputs, device)
 
@@ -210,6 +218,16 @@ def _computed(
         recorded = compare_recorded(first, inputs.tokens, inputs.recorded, device)
         agreements["recorded"] = recorded
     return agreements
+
+
+def _tell_load_changes(of: str, agreement: Agreement) -> None:
+    print_line(f"{of}: logits: transformers loads other models than the files: CANNOT BE COMPARED")
+    for change in agreement.load_changes:
+        what = {
+            "initialized": "initializes randomly, because the files do not contain them",
+            "ignored": "ignores, because its class does not have them",
+        }[change.kind]
+        print_line(f"  {change.path}: transformers {what}: {some(list(change.keys))}")
 
 
 def _tell_agreement(of: str, agreement: Agreement) -> None:

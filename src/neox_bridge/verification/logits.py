@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from neox_bridge.execution.transform import boxes
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
+from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.causes import Hypothesis, hypotheses
 from neox_bridge.verification.compare import MEASURED_ELEMENTS, values
@@ -68,6 +70,22 @@ class NonFinite:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadChange:
+    """Tensors by which a model that transformers loaded is not the model in the files.
+
+    Attributes:
+        path: The folder of the model.
+        kind: "initialized": the files do not contain these weights, so that they are random.
+            "ignored": the class does not have these tensors of the files.
+        keys: The names of the tensors.
+    """
+
+    path: str
+    kind: Literal["initialized", "ignored"]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Agreement:
     """How close the logits of two checkpoints are; logits [tokens, common vocabulary rows].
 
@@ -86,6 +104,8 @@ class Agreement:
         explained: Whether they agree completely.
         non_finite: The logits that are NaN or infinite; None if all are finite. Otherwise, place is
             where such values first appear, and apart has no meaning.
+        load_changes: What transformers changed when it loaded models of no known family. If there
+            is any, they were not computed.
     """
 
     tokens: int
@@ -99,16 +119,22 @@ class Agreement:
     causes: tuple[Cause, ...] = ()
     explained: bool = False
     non_finite: NonFinite | None = None
+    load_changes: tuple[LoadChange, ...] = ()
 
     @property
     def comparable(self) -> bool:
-        """Whether logits can be compared: False if the same ones are NaN or infinite."""
+        """Whether logits can be compared: False if the same ones are NaN or infinite.
+
+        Also False if transformers loaded other models than those in the files.
+        """
+        if self.load_changes:
+            return False
         return self.non_finite is None or not self.non_finite.same_places
 
     @property
     def agrees(self) -> bool:
         """Whether both are the same model, as far as both frameworks can express it."""
-        if self.non_finite is not None:
+        if self.non_finite is not None or self.load_changes:
             return False
         inherent = self.explained and all(cause.inherent for cause in self.causes)
         return not self.place or inherent
@@ -137,8 +163,8 @@ def compare_logits(
     a, b = (_logits(one) for one in sides)
     rows = min(first.vocab_rows, second.vocab_rows)
     a, b = (logits[..., :rows].flatten(0, -2) for logits in (a, b))
-    measured = _measure(a, b)
-    if (odd := _describe_non_finite(a, b, (first, second))) is not None:
+    measured = measure(a, b)
+    if (odd := describe_non_finite(a, b, (first, second))) is not None:
         return replace(measured, non_finite=odd, place=_first_non_finite(sides, odd.same_places))
     if measured.relative <= LOGITS:
         return measured
@@ -180,8 +206,8 @@ def compare_recorded(
         return _logits(one, settings)[..., :rows].flatten(0, -2)
 
     logits = computed({})
-    agreement = _measure(wanted, logits)
-    if (odd := _describe_non_finite(logits, wanted, (checkpoint,))) is not None:
+    agreement = measure(wanted, logits)
+    if (odd := describe_non_finite(logits, wanted, (checkpoint,))) is not None:
         return replace(agreement, non_finite=odd, place="the recorded logits")
     # recorded logits of a half-precision model were computed in half precision
     enough = LOGITS if checkpoint.config.dtype == "float32" else 0.02
@@ -193,7 +219,7 @@ def compare_recorded(
         tried = []
         for h in hypotheses(checkpoint, checkpoint):
             with suppress(BridgeError):
-                tried.append((_measure(wanted, computed(h.settings)), h))
+                tried.append((measure(wanted, computed(h.settings)), h))
         best, h = min(tried, key=lambda each: each[0].relative)
         if best.relative <= max(enough, agreement.relative / 10):
             causes = (Cause(h.cause, h.text, h.inherent),)
@@ -242,8 +268,8 @@ def _part(sides: list[ForwardPass], settings: Settings, on: int) -> _Parting | N
     both[on] = settings
     with closing(_in_step(sides, both)) as parts:
         for number, (name, a, b) in enumerate(parts, 1):
-            if (apart := _apart(a, b)) > LAYER:
-                return _Parting(number, name, apart)
+            if (size := apart(a, b)) > LAYER:
+                return _Parting(number, name, size)
     return None
 
 
@@ -256,8 +282,8 @@ def _count_non_finite(whole: Whole, context: Context) -> int:
     return count
 
 
-def _describe_non_finite(
-    first: Tensor, second: Tensor, checkpoints: tuple[Checkpoint, ...]
+def describe_non_finite(
+    first: Tensor, second: Tensor, checkpoints: tuple[Checkpoint | StoredModel, ...]
 ) -> NonFinite | None:
     """Find the non-finite logits [tokens, vocabulary] and their origin; None if all are finite.
 
@@ -273,12 +299,15 @@ def _describe_non_finite(
     return NonFinite(tokens, int(bad[0].sum()), int(bad[1].sum()), same, tensor, *counts)
 
 
-def _first_weight(checkpoints: tuple[Checkpoint, ...], same: bool) -> tuple[str, tuple[int, int]]:
+def _first_weight(
+    checkpoints: tuple[Checkpoint | StoredModel, ...], same: bool
+) -> tuple[str, tuple[int, int]]:
     """The first weight that is not finite, and how many of its values are not on each side."""
     context = Context()
     fallback: tuple[str, tuple[int, int]] = ("", (0, 0))
     try:
-        for name in checkpoints[0].by_name:
+        # the order of the model, if its family is known
+        for name in checkpoints[0].by_name or checkpoints[0].tensors:
             counts = [
                 _count_non_finite(one.tensors[name], context) if name in one.tensors else 0
                 for one in checkpoints
@@ -330,7 +359,8 @@ def _pairs(name: str, a: Stage, b: Stage) -> Iterator[tuple[str, Tensor, Tensor]
     yield name, a.output[..., :rows], b.output[..., :rows]
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, divided by the largest value; infinite if shapes or NaN differ."""
     finite = a.isfinite()
     if a.shape != b.shape or bool((finite != b.isfinite()).any()):
         return math.inf
@@ -347,7 +377,7 @@ def _logits(one: ForwardPass, settings: Settings = _NONE) -> Tensor:
     return last.output
 
 
-def _measure(a: Tensor, b: Tensor) -> Agreement:
+def measure(a: Tensor, b: Tensor) -> Agreement:
     """a, b: [tokens, vocabulary], float32. Tokens with logits that are not finite are ignored."""
     finite = a.isfinite().all(-1) & b.isfinite().all(-1)
     a, b = a[finite], b[finite]

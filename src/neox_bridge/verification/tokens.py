@@ -34,13 +34,46 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Token
     files, ids outside the vocabulary, and rows that are too long.
     """
     rows = min(checkpoint.vocab_rows for checkpoint in checkpoints)
-    most = min(checkpoint.config.max_positions for checkpoint in checkpoints)
+    sizes = [c.tokenizer_size for c in checkpoints if c.tokenizer_size is not None]
+    return tokens_within(
+        given,
+        rows=rows,
+        positions=min(checkpoint.config.max_positions for checkpoint in checkpoints),
+        tokenizers=tuple(checkpoint.tokenizer for checkpoint in checkpoints),
+        generated_rows=min([rows, *sizes]),
+    )
+
+
+def tokens_within(
+    given: str | None,
+    *,
+    rows: int,
+    positions: int,
+    tokenizers: tuple[tuple[str, ...], ...],
+    generated_rows: int | None = None,
+    special: frozenset[int] = frozenset(),
+) -> TokenInput:
+    """``read_tokens`` for models with these limits.
+
+    Args:
+        given: See ``read_tokens``.
+        rows: The number of ids.
+        positions: The largest number of tokens in a row.
+        tokenizers: The tokenizer files of each model.
+        generated_rows: The number of ids in generated tokens, if it is smaller.
+        special: Ids that generated tokens do not contain.
+
+    Raises:
+        BridgeError: As of ``read_tokens``.
+    """
     if given is None:
-        sizes = [c.tokenizer_size for c in checkpoints if c.tokenizer_size is not None]
-        shape = (_SHAPE[0], min(_SHAPE[1], most))
-        numbers = np.random.default_rng(0).integers(0, min([rows, *sizes]), shape)
+        shape = (_SHAPE[0], min(_SHAPE[1], positions))
+        numbers = np.random.default_rng(0).integers(0, generated_rows or rows, shape)
+        ordinary = next((number for number in range(rows) if number not in special), 0)
+        numbers[np.isin(numbers, sorted(special))] = ordinary
         return TokenInput(torch.from_numpy(numbers))
-    read = _of_file(given, checkpoints) if os.path.isfile(given) else _of_text(given, checkpoints)
+    is_file = os.path.isfile(given)
+    read = _of_file(given, tokenizers) if is_file else _of_text(given, tokenizers)
     tokens = read.tokens
     if tokens.numel() == 0 or tokens.dim() != 2:
         raise BridgeError(
@@ -52,15 +85,15 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Token
             f"`tokens=`: the ids go from {int(tokens.min())} to {int(tokens.max())}, but the "
             f"vocabulary has the ids 0 to {rows - 1}."
         )
-    if tokens.shape[1] > most:
+    if tokens.shape[1] > positions:
         raise BridgeError(
-            f"`tokens=`: a row has {tokens.shape[1]} tokens, but the model has {most} positions. "
-            "Use shorter rows."
+            f"`tokens=`: a row has {tokens.shape[1]} tokens, but the model has {positions} "
+            "positions. Use shorter rows."
         )
     return read
 
 
-def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
+def _of_file(path: str, tokenizers: tuple[tuple[str, ...], ...]) -> TokenInput:
     kind = os.path.splitext(path)[1]
     try:
         if kind == ".npz":
@@ -77,7 +110,7 @@ def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
             return TokenInput(_rows(np.array(json.loads(text))))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BridgeError(f"`tokens={path}`: cannot be read as token ids: {error}.") from None
-    return _of_text(text, checkpoints)
+    return _of_text(text, tokenizers)
 
 
 def _rows(array: np.ndarray[Any, Any]) -> Tensor:
@@ -87,8 +120,8 @@ def _rows(array: np.ndarray[Any, Any]) -> Tensor:
     return tokens[None] if tokens.dim() == 1 else tokens
 
 
-def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
-    files = [main_file(checkpoint.tokenizer) for checkpoint in checkpoints]
+def _of_text(text: str, tokenizers: tuple[tuple[str, ...], ...]) -> TokenInput:
+    files = [main_file(tokenizer) for tokenizer in tokenizers]
     file = next((file for file in files if file), None)
     if file is None:
         raise BridgeError(
