@@ -34,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("olmo", {"num_key_value_heads": 2}),
+    ("gpt2", {}),
+    ("gpt_bigcode", {"n_embd": 64, "n_head": 4}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     ("phi3", {"num_key_value_heads": 2, "eos_token_id": 2}),
     ("starcoder2", {"num_key_value_heads": 2}),
@@ -79,6 +81,10 @@ def test_genuine_ones_come_back_as_the_same_bits(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("family", "config"), CASES, ids=IDS)
 def test_both_ways(family: str, config: dict[str, Any], tp: int, tmp_path: Path) -> None:
     hf = make_scorer(tmp_path / "hf", family, **config)
+    if tp > 1 and family == "gpt_bigcode":  # it has one head of k and v
+        with pytest.raises(Refused, match="1 key-value heads"):
+            plan_of(hf, tmp_path / "neox", tp=tp)
+        return
     plan = convert(hf, tmp_path / "neox", tp=tp)
     assert plan.findings == ()
     yml = neox_config(tmp_path / "neox")
@@ -96,6 +102,17 @@ def test_both_ways(family: str, config: dict[str, Any], tp: int, tmp_path: Path)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     original = json.loads((hf / "config.json").read_text())
     assert {k: written.get(k) for k in original} == original
+
+
+@pytest.mark.parametrize(("family", "config"), CASES, ids=IDS)
+def test_without_a_record_the_class_is_that_of_scores(
+    family: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    convert(make_scorer(tmp_path / "hf", family, **config), tmp_path / "neox")
+    (step_of(tmp_path / "neox") / "neox_bridge.json").unlink()
+    convert(tmp_path / "neox", tmp_path / "back")
+    (name,) = json.loads((tmp_path / "back" / "config.json").read_text())["architectures"]
+    assert name.endswith("ForSequenceClassification")
 
 
 def test_layers_and_transformer_engine(tmp_path: Path) -> None:

@@ -114,6 +114,10 @@ MODELS: dict[str, tuple[Parts, dict[str, Any]]] = {
         model([_grouped(b, 6) for b in _blocks()]),
         {"num_kv_heads": 6, "rotary_pct": 0.5},
     ),
+    "grouped queries, learned positions": (
+        model([_grouped(b, 6) for b in _blocks()], positions=_POSITIONS),
+        {"num_kv_heads": 6, "pos_emb": "learned"},
+    ),
     "MoE": (
         model([_moe(), block(0, norm="scale")], norm="scale"),
         {"norm": "rmsnorm", "moe_num_experts": 12, "moe_expert_interval": 2},

@@ -32,6 +32,7 @@ TREES["today"] = MERGED[-1].commit
 FAMILIES = (
     "gpt_neox",
     "gpt2",
+    "gpt_bigcode",
     "llama",
     "mistral",
     "qwen2",

@@ -63,6 +63,16 @@ TINY_PHI3: dict[str, Any] = {**TINY_LLAMA, "eos_token_id": 2, "pad_token_id": No
 TINY_STARCODER2 = {**TINY_LLAMA, "intermediate_size": 256, "bos_token_id": 0, "eos_token_id": 0}
 TINY_GLM: dict[str, Any] = {**TINY_PHI3, "head_dim": 16}
 TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2}
+# by family; TINY_LLAMA for others
+TINY_MODELS = {
+    "gpt_neox": TINY,
+    "gpt2": TINY_GPT2,
+    "gpt_bigcode": TINY_GPT2,
+    "mamba": TINY_MAMBA,
+    "phi3": TINY_PHI3,
+    "glm": TINY_GLM,
+    "starcoder2": TINY_STARCODER2,
+}
 
 
 def make_hf(
@@ -77,15 +87,7 @@ def make_hf(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    tiny = {
-        "gpt_neox": TINY,
-        "gpt2": TINY_GPT2,
-        "mamba": TINY_MAMBA,
-        "phi3": TINY_PHI3,
-        "glm": TINY_GLM,
-        "starcoder2": TINY_STARCODER2,
-    }.get(family, TINY_LLAMA)
-    made = AutoConfig.for_model(family, **{**tiny, **config})
+    made = AutoConfig.for_model(family, **{**TINY_MODELS.get(family, TINY_LLAMA), **config})
     model = AutoModelForCausalLM.from_config(made)
     with torch.no_grad():
         for parameter in model.parameters():

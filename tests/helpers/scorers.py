@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import TINY, TINY_LLAMA
+from common import TINY_LLAMA, TINY_MODELS
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ def make_scorer(folder: Path, family: str = "gpt_neox", labels: int = 1, **confi
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    tiny = TINY if family == "gpt_neox" else TINY_LLAMA
+    tiny = TINY_MODELS.get(family, TINY_LLAMA)
     made = {**tiny, "num_labels": labels, "pad_token_id": 0, **config}
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **made))
     with torch.no_grad():

@@ -41,6 +41,7 @@ FAMILIES = (
     "qwen2",
     "mamba",
     "olmo",
+    "gpt_bigcode",
     "stablelm",
     "phi3",
     "starcoder2",
@@ -48,6 +49,7 @@ FAMILIES = (
 )
 HEADS = {
     "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    "gpt_bigcode": ("lm_head.weight", "transformer.wte.weight"),
     "mamba": ("lm_head.weight", "backbone.embeddings.weight"),
 }
 TOKENS = torch.arange(1, 17)[None]

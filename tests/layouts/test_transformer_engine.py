@@ -43,6 +43,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}, 2),
     ("mistral", {**GROUPED, "sliding_window": None}, 2),
     ("qwen2", GROUPED, 2),
+    ("gpt_bigcode", {"n_embd": 64, "n_head": 4}, 1),
     ("phi3", {**GROUPED, "partial_rotary_factor": 0.5}, 2),
     ("starcoder2", {"num_key_value_heads": 2}, 2),
     ("glm", GROUPED, 2),

@@ -6,6 +6,7 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, Form
 from neox_bridge.architectures.glm import ARCHITECTURE as GLM
 from neox_bridge.architectures.gpt2 import ARCHITECTURE as GPT2
+from neox_bridge.architectures.gpt_bigcode import ARCHITECTURE as GPT_BIGCODE
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
@@ -21,6 +22,7 @@ from neox_bridge.errors import Refused
 ARCHITECTURES: tuple[Architecture, ...] = (
     MAMBA,
     GPT2,
+    GPT_BIGCODE,
     GPT_NEOX,
     LLAMA,
     MISTRAL,

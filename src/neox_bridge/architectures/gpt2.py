@@ -96,7 +96,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
+def refuse(raw: Mapping[str, Any]) -> list[Refusal]:
+    """What GPT-NeoX does not support."""
     checks = (
         (
             "scale_attn_weights",
@@ -172,7 +173,7 @@ ARCHITECTURE = architecture(
         },
         hf_heads=lambda raw: (int(raw.get("n_head") or 12),) * 2,
         write=write,
-        refuse=_refuse,
+        refuse=refuse,
         find=find,
     )
 )

@@ -19,10 +19,10 @@ def head_config(hf_class: str, config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json about the head: the class, and the one label of a reward model."""
     if not config.reward:
         return {"architectures": [hf_class]}
-    name = hf_class.replace("ForCausalLM", "ForSequenceClassification")
+    stem = hf_class.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     # transformers takes the number of labels from their names
     return {
-        "architectures": [name],
+        "architectures": [f"{stem}ForSequenceClassification"],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "pad_token_id": None,

@@ -24,6 +24,7 @@ from neox_bridge.architectures.gpt_neox import ACTIVATIONS, activation_named, re
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.heads import head_config
 from neox_bridge.architectures.hf_config import hf_fields, hf_settings, refuse_hf_common
+from neox_bridge.architectures.llama_like import kv_heads_of
 from neox_bridge.architectures.neox_config import Keys, read_keys
 from neox_bridge.findings import Finding
 
@@ -133,6 +134,7 @@ def _read_neox(
         rotary_base=10000.0,
         bos_token_id=bos,
         eos_token_id=eos,
+        kv_heads=kv_heads_of(raw, "num_kv_heads", config.heads),
         idle=_IDLE,
     )
 

@@ -61,7 +61,8 @@ HF = _table(
         _SWITCH: """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias
             use_conv_bias use_qkv_bias qk_layernorm rms_norm residual_in_fp32 use_sliding_window
             tie_embeddings scale_attn_weights scale_attn_by_inverse_layer_idx
-            reorder_and_upcast_attn add_cross_attention""",
+            reorder_and_upcast_attn multi_query attention_softmax_in_fp32
+            scale_attention_softmax_in_fp32 add_cross_attention""",
         _MAPPING: "rope_parameters rope_scaling",
         _LIST: "architectures",
         _NAME: "model_type hidden_act activation_function transformers_version torch_dtype dtype",

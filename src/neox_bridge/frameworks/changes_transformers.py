@@ -341,6 +341,7 @@ TRANSFORMERS: tuple[Change, ...] = (
 )
 # The first version that has each class.
 CLASS_SINCE = {
+    "gpt_bigcode": "4.28",
     "gpt2": "4.0",
     "gpt_neox": "4.20",
     "llama": "4.28",
