@@ -6,7 +6,7 @@ import shutil
 import struct
 import subprocess
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hf_families import FAMILIES, changed, make
+from hub_stub import Stub, serving, use
 from safetensors.torch import load_file, save_file
 
 import neox_bridge
@@ -689,3 +690,32 @@ def test_a_folder_that_is_no_repository(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BridgeError, match="The folder is empty"):
         neox_bridge.diagnose(str(tmp_path / "empty"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stub]:
+    with serving(Stub()) as stub:
+        use(stub, monkeypatch, tmp_path)
+        monkeypatch.chdir(tmp_path)
+        yield stub
+
+
+def test_a_repository_of_the_hub_is_read_there_by_ranges(hub: Stub, shards: Path) -> None:
+    edited(shards / INDEX, wrong_index)
+    hub.put_files("org/qwen", "main", shards)
+    found = examined(0, Path("org/qwen"))
+    weights = [answer for answer in hub.served if answer.target.startswith("/lfs/")]
+    assert all(answer.range for answer in weights)  # nothing is downloaded as a whole
+    assert found["wrong-total-size"]["command"].startswith("neox-bridge doctor org/qwen --fix ")
+    follow(found["wrong-total-size"])
+    assert "wrong-total-size" not in examined(0, Path("qwen-fixed"))
+
+
+def test_a_known_model_of_the_hub_is_read_there_by_ranges(hub: Stub, tmp_path: Path) -> None:
+    from common import make_hf
+
+    hub.put_files("org/llama", "main", make_hf(tmp_path / "model", family="llama"))
+    done = run("doctor", "org/llama")
+    assert done.exit_code == 0
+    weights = [answer for answer in hub.served if answer.target.startswith("/lfs/")]
+    assert [answer.range for answer in weights] == ["bytes=0-65535"]  # once for all versions

@@ -214,11 +214,19 @@ def _check_applies(paths: Sequence[str], options: DoctorOptions) -> None:
         raise UsageError(named, "only for a checkpoint", "Give the checkpoint as well: PATH.")
 
 
-def _open(path: str, reading: Source) -> Checkpoint:
+def _open(path: str, reading: Source, *, by_ranges: bool = False) -> Checkpoint:
+    """Open a checkpoint. by_ranges: read a Hub model there, instead of downloading it."""
     from neox_bridge.errors import Refused
+    from neox_bridge.layouts.open import find_place, open_place
     from neox_bridge.planning.option_checks import check_gqa_order
 
-    checkpoint = reading.open(path)
+    checkpoint = open_place(
+        path,
+        find_place(path, None, reading.step, by_ranges=by_ranges),
+        step=reading.step,
+        configs=reading.configs,
+        gqa_order=reading.gqa_order,
+    )
     check_gqa_order(reading.gqa_order, checkpoint)
     if checkpoint.neox is not None and checkpoint.neox.universal:
         raise Refused(
@@ -245,7 +253,7 @@ def _examine(path: str, reading: Source, options: DoctorOptions) -> Examination:
     from neox_bridge.doctor.examination import examine_path
 
     def open_it(path: str) -> Checkpoint:
-        return _open(path, reading)
+        return _open(path, reading, by_ranges=True)
 
     try:
         return examine_path(path, open_it, options.target, with_comparison=options.compare)

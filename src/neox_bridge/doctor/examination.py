@@ -210,7 +210,7 @@ def _examine_files(source: str, error: BridgeError, target: Target | None) -> Ex
 
 def _place(source: str) -> Place | None:
     try:
-        return find_place(source, None, None)
+        return find_place(source, None, None, by_ranges=True)
     except BridgeError:
         return None
 
