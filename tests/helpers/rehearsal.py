@@ -57,6 +57,7 @@ EXITS = {
     "neox-bridge diff glm-4 glm-4-tuned": 3,
     "neox-bridge diff hf://EleutherAI/pythia-70m@step1000": 3,
     "neox-bridge diff run/global_step1000": 3,
+    "neox-bridge doctor olmo-2": 1,
     "neox-bridge doctor pythia-neox --error traceback.txt --for": 4,
     "neox-bridge doctor pythia-neox --for neox": 4,
     "neox-bridge doctor pythia-neox --for neox@2024-03 --fix": 0,
@@ -423,6 +424,21 @@ def write_other_families(cwd: Path) -> None:
         hf_families.changed(step, train)
 
 
+def write_repositories(cwd: Path) -> None:
+    """Models of families that are not converted: with damaged files, and with a wrong index."""
+    from hf_families import make
+
+    damaged = make("olmo2", cwd / "olmo-2", max_shard_size="30KB")
+    first, *_, last = sorted(damaged.glob("model-*.safetensors"))
+    shutil.copy(first, damaged / "model-00001-of-00009.safetensors")
+    first.unlink()
+    last.write_bytes(last.read_bytes()[:-100])
+    index = make("qwen3", cwd / "qwen3", max_shard_size="30KB") / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["metadata"]["total_size"] += 4096
+    index.write_text(json.dumps(content))
+
+
 def prepare(name: str, shell: Shell) -> None:
     """What only one page has."""
     if "~/gpt-neox" in (ROOT / name).read_text(encoding="utf-8"):
@@ -455,6 +471,8 @@ def prepare(name: str, shell: Shell) -> None:
         write_other_families(shell.cwd)
     if name == "docs/how-to/verify.md":
         write_overflow(shell.cwd)
+    if name == "docs/how-to/doctor.md":
+        write_repositories(shell.cwd)
     (shell.cwd / "traceback.txt").write_text(TRACEBACK)
     if name in commands:
         shell.run(commands[name])

@@ -109,7 +109,13 @@ class DoctorOptions:
 
 @command(
     "doctor",
-    Argument("paths", "PATH...", "Checkpoints in either format.", many=True, required=False),
+    Argument(
+        "paths",
+        "PATH...",
+        "Checkpoints in either format, and any Hugging Face repositories.",
+        many=True,
+        required=False,
+    ),
     DoctorOptions,
     only(Source, "step", "configs", "gqa_order"),
     only(Output, "as_json"),
@@ -117,7 +123,8 @@ class DoctorOptions:
 def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, output: Output) -> None:
     """Diagnose a checkpoint: where it loads, what is wrong with it, and how to fix it.
 
-    Without --for, every known version of GPT-NeoX or transformers is checked. Nothing in a
+    Without --for, every known version of GPT-NeoX or transformers is checked. A Hugging Face
+    repository of any family is checked by its files and settings, also a damaged one. Nothing in a
     checkpoint is executed.
 
     \b
@@ -127,9 +134,9 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
       neox-bridge doctor pythia-410m --for transformers@4.48
       neox-bridge doctor pythia-neox --error traceback.txt
 
-    Exit codes: 0 loads, perhaps with warnings, 1 error, 2 usage error, 4 will not load in the
-    framework of --for or, without it, in any known version. --error does not change them. Without
-    PATH: 0 the message is known, 1 it is not.
+    Exit codes: 0 loads, perhaps with warnings, 1 error, also missing and damaged files, 2 usage
+    error, 4 will not load in the framework of --for or, without it, in any known version. --error
+    does not change them. Without PATH: 0 the message is known, 1 it is not.
     """
     as_json = output.as_json
     _check_applies(paths, options)
