@@ -1,10 +1,13 @@
 """An audit of suites whose family neox-bridge does not know: each fault is found, and no other."""
 
+import ast
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from hf_families import make
+from hub_stub import Stub, serving, use
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import convert, write_hf
 
 from neox_bridge import audit
 from neox_bridge.cli.app import app
+from neox_bridge.stores import retry
 from neox_bridge.verification.audit import Audit
 from neox_bridge.verification.runs import Fault
 
@@ -438,3 +443,86 @@ def test_a_second_audit_reads_nothing_again(run: Path, tmp_path: Path) -> None:
     first, second = (audit([str(run)], cache=cache) for _ in range(2))
     assert {step.read for step in second.steps} == {0}
     assert [step.hash for step in first.steps] == [step.hash for step in second.steps]
+
+
+# --- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stub]:
+    monkeypatch.setattr(retry, "FIRST_SECONDS", 0.001)
+    with serving(Stub()) as stub:
+        use(stub, monkeypatch, tmp_path / "hub")
+        yield stub
+
+
+def test_a_suite_on_the_hub_is_read_in_ranges(run: Path, hub: Stub, tmp_path: Path) -> None:
+    first, third = (shards(run / f"step{step}") for step in (1000, 3000))
+    shutil.copyfile(first[1], third[1])
+    edit_json(run / "step2000/tokenizer.json", lambda t: t["model"]["vocab"].update({"b": 1}))
+    for step in STEPS[:5]:
+        hub.put_files("org/suite", f"step{step}", run / f"step{step}")
+    hub.seen.clear()
+    result = audit(["org/suite"])
+    assert [step.label for step in result.steps] == [str(step) for step in STEPS[:5]]
+    assert {step.read_by for step in result.steps} == {"names"}
+    found = {fault.code: fault for fault in wrong(result)}
+    assert found.keys() == {"shared-shard", "tokenizer-differs"}
+    assert found["shared-shard"].steps == ("1000", "3000")
+    assert first[1].name in found["shared-shard"].message
+    assert found["tokenizer-differs"].steps == ("2000",)
+    assert not list((tmp_path / "hub").rglob("*.safetensors")), "nothing was downloaded"
+    local = audit([str(run)], steps="0-4000")
+    assert [step.hash for step in local.steps] == [step.hash for step in result.steps]
+
+
+# --- many shards
+
+
+def sparse_step(folder: Path, salt: Callable[[int], int], shards: int = 60) -> None:
+    """Shards of four matrices of 512 KiB each, whose first bytes depend on the shard's salt."""
+    folder.mkdir(parents=True)
+    weight_map, nbytes = {}, 512 << 10
+    for shard in range(shards):
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        header = {
+            f"model.layers.{shard}.mlp.experts.{n}.up_proj.weight": {
+                "dtype": "BF16",
+                "shape": [nbytes // 128, 64],
+                "data_offsets": [n * nbytes, (n + 1) * nbytes],
+            }
+            for n in range(4)
+        }
+        weight_map |= dict.fromkeys(header, name)
+        text = json.dumps(header).encode()
+        with open(folder / name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for n in range(4):
+                file.seek(8 + len(text) + n * nbytes)
+                file.write(bytes([salt(shard), 60]))
+            file.truncate(8 + len(text) + 4 * nbytes)
+    index = {"metadata": {"total_size": shards * 4 * nbytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
+
+
+@pytest.mark.slow
+def test_a_shard_of_sixty_from_another_step_in_bounded_memory(tmp_path: Path) -> None:
+    for step in range(3):
+        run = tmp_path / "run" / f"step{step}"
+        sparse_step(run, lambda shard, step=step: 1 if (shard, step) == (41, 2) else step + 1)
+    shard = "model-00042-of-00060.safetensors"
+    shutil.copyfile(tmp_path / "run/step0" / shard, tmp_path / "run/step2" / shard)
+    code = (
+        "import sys, neox_bridge\n"
+        "result = neox_bridge.audit([sys.argv[1]])\n"
+        "print([(f.code, f.steps, f.message) for f in result.faults])\n"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    faults, peak = done.stdout.splitlines()
+    ((code, steps, message),) = ast.literal_eval(faults)
+    assert (code, steps) == ("shared-shard", ("0", "2"))
+    assert f"everything in {shard}" in message
+    assert int(peak) << 10 < 150 << 20, "of 360 MB of weights"
