@@ -78,7 +78,7 @@ def test_it_goes_both_ways(tree: Path, tmp_path: Path) -> None:
 
 def test_without_the_page_it_is_refused(tmp_path: Path) -> None:
     source = yarrow(tmp_path / "yarrow")
-    command = [sys.executable, "-m", "neox_bridge", "inspect", str(source)]
+    command = [sys.executable, "-m", "neox_bridge", "convert", str(source), str(tmp_path / "neox")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert "yarrow" in done.stderr
