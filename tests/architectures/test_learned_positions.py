@@ -1,6 +1,7 @@
 """Families with learned positions, both ways: bits, logits, names, and what can't be."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import reference_logits
 import torch
 from checkpoint_edits import edit_yml
+from click.testing import CliRunner
 from common import (
     assert_same,
     convert,
@@ -22,6 +24,8 @@ from common import (
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.api import open_checkpoint
+from neox_bridge.cli.app import app
+from neox_bridge.doctor.compare import compare
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import LATER_ERAS, era_named
 from neox_bridge.verification.logits import compare_logits
@@ -121,6 +125,24 @@ def test_verify_computes_their_logits(
     assert compared.relative <= 1e-6
 
 
+@pytest.mark.parametrize(("family", "config", "_meaning"), CASES, ids=IDS)
+def test_doctor_knows_that_nothing_is_rotated(
+    family: str, config: dict[str, Any], _meaning: dict[str, Any], tmp_path: Path
+) -> None:
+    hf = make_hf(tmp_path / "hf", family=family, **config)
+    convert(hf, tmp_path / "neox", tp=2)
+    for folder in (hf, tmp_path / "neox"):
+        rows = {row.feature: row for row in compare(open_checkpoint(str(folder)))}
+        assert rows["positions"].neox == "32 learned (pos_emb: learned)"
+        assert not {"RoPE base", "inv_freq"} & set(rows)
+        assert rows["query, key, value"].answer == "translated"
+        assert rows["activation"].transformers == config.get("activation_function", "gelu_new")
+    shown = CliRunner().invoke(app, ["inspect", str(hf)]).stdout
+    assert re.search(r"rotary +none", shown)
+    old = CliRunner().invoke(app, ["doctor", str(hf), "--for", "transformers@4.48"])
+    assert old.exit_code == 0, old.output
+
+
 def test_a_head_has_its_rows_of_q_k_and_v(tmp_path: Path) -> None:
     """c_attn is transposed and has all of q, then all of k, then all of v."""
     hf = make_hf(tmp_path / "hf", family="gpt2")
@@ -176,10 +198,6 @@ def is_attention_bias(name: str) -> bool:
 
 
 def test_optimizer_states_have_the_form_of_the_weights(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from neox_bridge.cli.app import app
-
     hf = make_hf(tmp_path / "hf", family="gpt2")
     convert(hf, tmp_path / "neox", tp=2, optimizer="fresh")
     run, states, other = (str(tmp_path / name) for name in ("neox", "states", "other"))

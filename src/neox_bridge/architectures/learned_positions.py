@@ -98,7 +98,7 @@ def _read_hf(
     return ModelConfig(
         **{**fields, "max_positions": dims["positions"]},
         **hf_fields(raw, dims, presence, family.ids),
-        rotary_pct=1.0,
+        rotary_pct=0.0,
         rotary_base=10000.0,
         activation=activation_named(raw.get(family.act_key) or family.activation),
         parallel_residual=False,
@@ -130,7 +130,7 @@ def _read_neox(
     return replace(
         config,
         max_positions=dims["positions"],
-        rotary_pct=1.0,
+        rotary_pct=0.0,
         rotary_base=10000.0,
         bos_token_id=bos,
         eos_token_id=eos,

@@ -68,7 +68,9 @@ def compare(checkpoint: Checkpoint) -> list[Row]:
 def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
     config = checkpoint.config
     attends = "heads" not in config.idle
-    if attends:
+    if attends and not checkpoint.architecture.has_rotary_buffer:
+        yield _equal("positions", f"{config.max_positions} learned (pos_emb: learned)")
+    elif attends:
         yield _equal("RoPE base", f"{config.rotary_base:g}")
         yield _equal("RoPE fraction", f"{config.rotary_pct:g} ({config.rotary_dim} dimensions)")
         note = "trees before 2023-09 rounded before"
@@ -110,7 +112,9 @@ def _qkv(checkpoint: Checkpoint) -> Row:
     if config.grouped_query:
         note = "all q, all k, all v on each rank since 2024-11, by query head before"
     heads = f"{config.heads} heads, {config.key_value_heads} of k and v"
-    return Row(feature, f"{heads}, in one matrix", f"{heads}, three matrices", "translated", note)
+    joined = any("attn" in name for name in checkpoint.architecture.joined)
+    hf = "one matrix, all q, all k, all v" if joined else "three matrices"
+    return Row(feature, f"{heads}, in one matrix", f"{heads}, {hf}", "translated", note)
 
 
 def _inv_freq(checkpoint: Checkpoint) -> Row:
@@ -126,7 +130,7 @@ def _activation(checkpoint: Checkpoint) -> Row:
     config, architecture = checkpoint.config, checkpoint.architecture
     if any(refusal.key in ("hidden_act", "activation") for refusal in checkpoint.refusals):
         return _equal("activation", config.activation)
-    hf = architecture.write_hf(config)["hidden_act"]
+    hf = architecture.write_hf(config)[architecture.hf_keys.get("hidden_act", "hidden_act")]
     written = architecture.write_neox(config, False)
     if architecture.gated:
         note = "one matrix [up | gate] on each rank in GPT-NeoX, two matrices in transformers"

@@ -177,7 +177,7 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
             f"transformers {facts.version} ignores {what}. It prints nothing",
             "use a newer transformers",
         )
-    if ignored or facts.rope_parameters:
+    if ignored or facts.rope_parameters or not checkpoint.architecture.has_rotary_buffer:
         return
     share = {"stablelm": 0.25, "glm": 0.5}.get(name, 1.0)
     defaults = {"rope_theta": 10000.0, "partial_rotary_factor": share}
