@@ -33,6 +33,7 @@ FAMILIES = (
     "gpt_neox",
     "gpt2",
     "gpt_bigcode",
+    "opt",
     "llama",
     "mistral",
     "qwen2",

@@ -57,6 +57,14 @@ TINY_GPT2: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+TINY_OPT: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "ffn_dim": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 32,
+}
 # the class has a padding token that is not in this vocabulary
 TINY_PHI3: dict[str, Any] = {**TINY_LLAMA, "eos_token_id": 2, "pad_token_id": None}
 # trees before 2024-09 have no plain MLP of another width
@@ -67,6 +75,7 @@ TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_
 TINY_MODELS = {
     "gpt_neox": TINY,
     "gpt2": TINY_GPT2,
+    "opt": TINY_OPT,
     "gpt_bigcode": TINY_GPT2,
     "mamba": TINY_MAMBA,
     "phi3": TINY_PHI3,

@@ -20,6 +20,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("gpt2", {"activation_function": "gelu", "tie_word_embeddings": False}),
     ("gpt2", {"activation_function": "relu", "layer_norm_epsilon": 1e-3}),
+    ("opt", {}),
 ]
 # what GPT-NeoX trains from: settings of the yml, and the family that they are
 LEARNED = {"pos_emb": "learned", "gpt_j_residual": False}

@@ -12,6 +12,7 @@ from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
 from neox_bridge.architectures.olmo import ARCHITECTURE as OLMO
+from neox_bridge.architectures.opt import ARCHITECTURE as OPT
 from neox_bridge.architectures.phi3 import ARCHITECTURE as PHI3
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.architectures.stablelm import ARCHITECTURE as STABLELM
@@ -32,6 +33,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     PHI3,
     STARCODER2,
     GLM,
+    OPT,
 )
 _HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
 _SCALED = (

@@ -41,6 +41,8 @@ class Weight:
         blocks: The numbers of the blocks that have it; None for all.
         transposed: Whether the tensor of Hugging Face files that contains it has its dimensions in
             reverse order (Conv1D).
+        first_row: The row of the tensor of Hugging Face files that is the first one here. The rows
+            above it are the last ones here.
     """
 
     place: LayerKind
@@ -55,6 +57,7 @@ class Weight:
     trained: bool = True
     blocks: frozenset[int] | None = None
     transposed: bool = False
+    first_row: int = 0
 
     def named(self, old: bool) -> str:
         """Its name in GPT-NeoX. old: whether in trees before 2024-09."""

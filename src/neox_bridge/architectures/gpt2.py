@@ -5,66 +5,34 @@ Its matrices are those of Conv1D (pytorch_utils.py of transformers), which are t
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from neox_bridge.architectures.base import About, ModelConfig, Refusal, Weight, refusals
 from neox_bridge.architectures.heads import REWARD
-from neox_bridge.architectures.learned_positions import Family, architecture, positions
+from neox_bridge.architectures.learned_positions import (
+    Family,
+    architecture,
+    block,
+    norm,
+    positions,
+)
 from neox_bridge.architectures.neox_config import Keys, number
 from neox_bridge.findings import Finding
-from neox_bridge.tensors.fused import Part
-from neox_bridge.tensors.geometry import Split
 
 _LAYER = "transformer.h.{i}."
-_H, _VOCAB = ("hidden",), ("vocab", "hidden")
-_PARTS: tuple[tuple[Part, str], ...] = (("q", "q"), ("k", "kv"), ("v", "kv"))
-_block = partial(Weight, "block")
-
-
-def _norm(place: Any, neox: str, hf: str) -> tuple[Weight, Weight]:
-    bias = Weight(place, f"{neox}.bias", f"{hf}.bias", "replicated", _H, "norm_bias")
-    return Weight(place, f"{neox}.weight", f"{hf}.weight", "replicated", _H), bias
-
-
-def _qkv(leaf: str, flag: str = "") -> tuple[Weight, ...]:
-    return tuple(
-        _block(
-            f"attention.query_key_value.{leaf}",
-            f"{_LAYER}attn.c_attn.{leaf} ({part})",
-            "fused",
-            (rows, "hidden") if leaf == "weight" else (rows,),
-            flag,
-            part,
-            transposed=leaf == "weight",
-        )
-        for part, rows in _PARTS
-    )
-
-
-def _conv(
-    neox: str, hf: str, split: Split, shape: tuple[str, str], flag: str, old: str = ""
-) -> tuple[Weight, Weight]:
-    """The weight and the bias of a Conv1D. old: GPT-NeoX's name before neox-mlp-names."""
-    weight, bias = (f"{old}.weight", f"{old}.bias") if old else ("", "")
-    bias_split: Split = "row_bias" if split == "row" else split
-    return (
-        _block(f"{neox}.weight", f"{_LAYER}{hf}.weight", split, shape, old=weight, transposed=True),
-        _block(f"{neox}.bias", f"{_LAYER}{hf}.bias", bias_split, shape[:1], flag, old=bias),
-    )
-
-
+_C_ATTN = f"{_LAYER}attn.c_attn"
+_VOCAB = ("vocab", "hidden")
 _WEIGHTS = (
     Weight("embed", "word_embeddings.weight", "transformer.wte.weight", "vocab", _VOCAB),
     positions("transformer.wpe.weight"),
-    *_norm("block", "input_layernorm", f"{_LAYER}ln_1"),
-    *_qkv("weight"),
-    *_qkv("bias", "attention_bias"),
-    *_conv("attention.dense", "attn.c_proj", "row", ("hidden", "q"), "attention_bias"),
-    *_norm("block", "post_attention_layernorm", f"{_LAYER}ln_2"),
-    *_conv("mlp.linear1", "mlp.c_fc", "column", ("ffn", "hidden"), "mlp_bias", "mlp.dense_h_to_4h"),
-    *_conv("mlp.linear2", "mlp.c_proj", "row", ("hidden", "ffn"), "mlp_bias", "mlp.dense_4h_to_h"),
-    *_norm("norm", "norm", "transformer.ln_f"),
+    *block(
+        norms=(f"{_LAYER}ln_1", f"{_LAYER}ln_2"),
+        qkv=f"{_C_ATTN}.{{leaf}} ({{part}})",
+        dense=f"{_LAYER}attn.c_proj",
+        mlp=(f"{_LAYER}mlp.c_fc", f"{_LAYER}mlp.c_proj"),
+        transposed=True,
+    ),
+    *norm("norm", "norm", "transformer.ln_f"),
     Weight("head", "final_linear.weight", "lm_head.weight", "vocab", _VOCAB, "untied"),
     REWARD,
 )
@@ -167,7 +135,7 @@ ARCHITECTURE = architecture(
         },
         joined={
             f"{_LAYER}attn.c_attn.{leaf}": tuple(
-                f"{_LAYER}attn.c_attn.{leaf} ({part})" for part, _ in _PARTS
+                f"{_LAYER}attn.c_attn.{leaf} ({part})" for part in "qkv"
             )
             for leaf in ("weight", "bias")
         },

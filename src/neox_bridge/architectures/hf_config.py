@@ -13,9 +13,15 @@ from neox_bridge.findings import Finding
 _SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
 
 
-def hf_sizes(architecture: Architecture) -> dict[str, str]:
-    """The dimensions that config.json states, by their keys in this family."""
-    return {architecture.hf_keys.get(key, key): dim for key, dim in _SIZES.items()}
+def hf_sizes(architecture: Architecture, config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """The dimensions that config.json states and their sizes there, by their keys in this family.
+
+    Learned positions may have more rows than config.json says.
+    """
+    sizes = {key: (dim, config.dims[dim]) for key, dim in _SIZES.items()}
+    if "positions" in config.dims:
+        sizes["max_position_embeddings"] = ("positions", config.max_positions)
+    return {architecture.hf_keys.get(key, key): size for key, size in sizes.items()}
 
 
 def rope_kind(raw: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The common parts of families with learned positions, LayerNorm and a plain MLP with biases.
 
 Sources: megatron/model/word_embeddings.py (Embedding), transformer.py (ParallelSelfAttention,
-ParallelMLP) and activations.py of GPT-NeoX; models/gpt2/ of transformers. GPT-NeoX stores the
+ParallelMLP) and activations.py of GPT-NeoX; models/{gpt2,opt}/ of transformers. GPT-NeoX stores the
 positions in the layer of the embeddings, whole on every rank and without padding, in all layouts
 and eras.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from neox_bridge.architectures.base import (
     About,
     Architecture,
+    LayerKind,
     ModelConfig,
     Presence,
     Refusal,
@@ -27,15 +28,76 @@ from neox_bridge.architectures.hf_config import hf_fields, hf_settings, refuse_h
 from neox_bridge.architectures.llama_like import kv_heads_of
 from neox_bridge.architectures.neox_config import Keys, read_keys
 from neox_bridge.findings import Finding
+from neox_bridge.tensors.fused import Part
+from neox_bridge.tensors.geometry import Split
 
 POSITION_EMBEDDINGS = "position_embeddings.weight"
+_H = ("hidden",)
+_PARTS: tuple[tuple[Part, str], ...] = (("q", "q"), ("k", "kv"), ("v", "kv"))
 _NO_ROTATION = ("rotary_pct", "rotary_emb_base")
 _IDLE = frozenset({"rotary_pct", "rotary_base"})
 
 
-def positions(hf: str) -> Weight:
+def positions(hf: str, first_row: int = 0) -> Weight:
     """The row of the learned positions. hf: their name in Hugging Face files."""
-    return Weight("embed", POSITION_EMBEDDINGS, hf, "replicated", ("positions", "hidden"))
+    shape = ("positions", "hidden")
+    return Weight("embed", POSITION_EMBEDDINGS, hf, "replicated", shape, first_row=first_row)
+
+
+def norm(place: LayerKind, neox: str, hf: str) -> tuple[Weight, Weight]:
+    """The rows of a LayerNorm."""
+    return (
+        Weight(place, f"{neox}.weight", f"{hf}.weight", "replicated", _H),
+        Weight(place, f"{neox}.bias", f"{hf}.bias", "replicated", _H, "norm_bias"),
+    )
+
+
+def block(
+    norms: tuple[str, str], qkv: str, dense: str, mlp: tuple[str, str], *, transposed: bool = False
+) -> tuple[Weight, ...]:
+    """The rows of a block, from the names of its modules in Hugging Face files.
+
+    qkv: with ``{part}`` and ``{leaf}``. transposed: whether its matrices are.
+    """
+    weights = [*norm("block", "input_layernorm", norms[0])]
+    for leaf, shape, flag in (("weight", ("hidden",), ""), ("bias", (), "attention_bias")):
+        weights += [
+            Weight(
+                "block",
+                f"attention.query_key_value.{leaf}",
+                qkv.replace("{part}", part).replace("{leaf}", leaf),
+                "fused",
+                (rows, *shape),
+                flag,
+                part,
+                transposed=transposed and leaf == "weight",
+            )
+            for part, rows in _PARTS
+        ]
+    up, down = mlp
+    modules: tuple[tuple[str, str, Split, tuple[str, str], str, str], ...] = (
+        ("attention.dense", dense, "row", ("hidden", "q"), "attention_bias", ""),
+        ("mlp.linear1", up, "column", ("ffn", "hidden"), "mlp_bias", "mlp.dense_h_to_4h"),
+        ("mlp.linear2", down, "row", ("hidden", "ffn"), "mlp_bias", "mlp.dense_4h_to_h"),
+    )
+    for neox, hf, split, sizes, flag, old in modules:
+        weight, bias = (f"{old}.weight", f"{old}.bias") if old else ("", "")
+        of_bias: Split = "row_bias" if split == "row" else split
+        weights += [
+            Weight(
+                "block",
+                f"{neox}.weight",
+                f"{hf}.weight",
+                split,
+                sizes,
+                old=weight,
+                transposed=transposed,
+            ),
+            Weight("block", f"{neox}.bias", f"{hf}.bias", of_bias, sizes[:1], flag, old=bias),
+        ]
+        if neox == "attention.dense":
+            weights += norm("block", "post_attention_layernorm", norms[1])
+    return tuple(weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +113,10 @@ class Family:
         dropped: See ``Architecture``.
         joined: See ``Architecture``.
         hf_heads: See ``Architecture``.
+        first_row: See ``Weight``, of the positions.
         write: Returns more keys of config.json.
         refuse: Returns more of what GPT-NeoX does not support.
+        refuse_neox: Returns more of what transformers does not support.
         find: Returns where GPT-NeoX trains another model than config.json says.
     """
 
@@ -68,8 +132,10 @@ class Family:
     dropped: Mapping[str, str] = field(default_factory=dict)
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hf_heads: Callable[[Mapping[str, Any]], tuple[int, int]] = GPT_NEOX.hf_heads
+    first_row: int = 0
     write: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}
     refuse: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
+    refuse_neox: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
     find: Callable[[Mapping[str, Any]], list[Finding]] = lambda _raw: []
 
     @property
@@ -96,7 +162,7 @@ def _read_hf(
 ) -> ModelConfig:
     fields = read_keys(family.keys, raw, hf=True)
     return ModelConfig(
-        **{**fields, "max_positions": dims["positions"]},
+        **{**fields, "max_positions": dims["positions"] - family.first_row},
         **hf_fields(raw, dims, presence, family.ids),
         rotary_pct=0.0,
         rotary_base=10000.0,
@@ -129,7 +195,7 @@ def _read_neox(
     bos, eos = (n if n is not None and n < dims["vocab"] else None for n in family.ids)
     return replace(
         config,
-        max_positions=dims["positions"],
+        max_positions=dims["positions"] - family.first_row,
         rotary_pct=0.0,
         rotary_base=10000.0,
         bos_token_id=bos,
@@ -141,7 +207,8 @@ def _read_neox(
 
 def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
     written = GPT_NEOX.write_neox(config, old)
-    return {k: v for k, v in written.items() if k not in _NO_ROTATION} | {"pos_emb": "learned"}
+    written |= {"pos_emb": "learned", "max_position_embeddings": config.dims["positions"]}
+    return {key: value for key, value in written.items() if key not in _NO_ROTATION}
 
 
 def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
@@ -173,7 +240,7 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
         ),
     )
     reasons = refuse_plain(raw, family.name, positions="learned")
-    return reasons + refusals(checks, neox_only=True)
+    return reasons + refusals(checks, neox_only=True) + family.refuse_neox(raw)
 
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:

@@ -116,7 +116,6 @@ transformers 5.24 were compared with the source of GPT-NeoX:
 NOT_YET = {
     "falcon": "biases of zeros would be added; ALiBi is rounded to bfloat16 and scaled there",
     "mpt": "biases of zeros would be added to layers and norms; ALiBi",
-    "opt": "learned positions from the third row on (`opt_pos_emb_offset: 2`)",
 }
 
 _HUB = "https://huggingface.co"

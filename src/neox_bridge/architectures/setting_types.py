@@ -51,7 +51,7 @@ HF = _table(
     {
         _COUNT: """num_hidden_layers hidden_size intermediate_size vocab_size
             max_position_embeddings head_dim sliding_window state_size conv_kernel expand n_layer
-            d_model n_embd n_inner n_positions""",
+            d_model n_embd n_inner n_positions ffn_dim word_embed_proj_dim""",
         _HEADS: "num_attention_heads num_key_value_heads n_head",
         _NUMBER: """layer_norm_eps rms_norm_eps layer_norm_epsilon norm_epsilon hidden_dropout
             resid_pdrop attn_pdrop embd_pdrop residual_dropout embedding_dropout attention_dropout
@@ -62,7 +62,8 @@ HF = _table(
             use_conv_bias use_qkv_bias qk_layernorm rms_norm residual_in_fp32 use_sliding_window
             tie_embeddings scale_attn_weights scale_attn_by_inverse_layer_idx
             reorder_and_upcast_attn multi_query attention_softmax_in_fp32
-            scale_attention_softmax_in_fp32 add_cross_attention""",
+            scale_attention_softmax_in_fp32 add_cross_attention do_layer_norm_before
+            _remove_final_layer_norm enable_bias layer_norm_elementwise_affine""",
         _MAPPING: "rope_parameters rope_scaling",
         _LIST: "architectures",
         _NAME: "model_type hidden_act activation_function transformers_version torch_dtype dtype",

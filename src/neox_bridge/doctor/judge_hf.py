@@ -201,9 +201,9 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
 def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """A size in config.json that the tensors contradict makes load_state_dict fail."""
     dims, raw = checkpoint.config.dims, checkpoint.raw
-    for key, dim in hf_sizes(checkpoint.architecture).items():
+    for key, (dim, size) in hf_sizes(checkpoint.architecture, checkpoint.config).items():
         setting = raw.get(key)
-        if setting is None or setting == dims[dim]:
+        if setting is None or setting == size:
             continue
         joined = checkpoint.architecture.joined_name
         row = next(
@@ -212,18 +212,19 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             if dim in row.weight.shape and joined(row.weight.hf) == row.weight.hf
         )
         have = [dims[d] for d in row.weight.shape]
-        want = [setting if d == dim else dims[d] for d in row.weight.shape]
+        wanted = setting + dims[dim] - size
+        want = [wanted if d == dim else dims[d] for d in row.weight.shape]
         if row.weight.transposed:
             have, want = have[::-1], want[::-1]
         yield failure(
             "config-size",
-            f"config.json says {key}: {setting}, and the tensors have {dims[dim]}",
+            f"config.json says {key}: {setting}, and the tensors have {size}",
             fix_command(checkpoint, facts),
             f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
             f"\n\tsize mismatch for {row.hf}: copying a param with shape torch.Size({have}) from "
             f"checkpoint, the shape in current model is torch.Size({want}).",
             subject="config sizes",
-            details=Details(wrong=(f"{key}: {setting} in config.json, {dims[dim]} expected",)),
+            details=Details(wrong=(f"{key}: {setting} in config.json, {size} expected",)),
         )
 
 

@@ -343,6 +343,7 @@ TRANSFORMERS: tuple[Change, ...] = (
 CLASS_SINCE = {
     "gpt_bigcode": "4.28",
     "gpt2": "4.0",
+    "opt": "4.19",
     "gpt_neox": "4.20",
     "llama": "4.28",
     "mistral": "4.34",

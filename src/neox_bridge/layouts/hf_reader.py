@@ -19,7 +19,7 @@ from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.carried_files import carried_beside
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, Copy
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, Copy, refuse_all
 from neox_bridge.layouts.derived_values import check_inv_freq, mismatch_finding
 from neox_bridge.layouts.folder_kinds import (
     ADAPTER_NAME,
@@ -158,7 +158,7 @@ def checkpoint_of(
     heads_key = architecture.hf_keys.get("num_attention_heads", "num_attention_heads")
     check_heads(config, dims, f"config.json: {heads_key}")
     findings = architecture.findings_hf_source(raw, config)
-    findings += _check_sizes(raw, dims, architecture)
+    findings += _check_sizes(raw, config, architecture)
     mismatch = check_inv_freq(config, inv_freqs)
     findings += [mismatch_finding(mismatch)] if mismatch else []
     findings += _remote_code(raw, architecture)
@@ -466,6 +466,7 @@ def _require(
     rows = table_rows(architecture, presence.layers)
     missing = [row.hf for row in rows if row.weight.required and row.hf not in named]
     if missing:
+        refuse_all(architecture.refuse_hf_source(raw), path)
         raise _missing(architecture, path, missing)
     headless = architecture.head not in named and SCORE not in named
     if headless and not raw.get("tie_word_embeddings"):
@@ -515,14 +516,13 @@ def _check_names(
 
 
 def _check_sizes(
-    raw: Mapping[str, Any], dims: Mapping[str, int], architecture: Architecture
+    raw: Mapping[str, Any], config: ModelConfig, architecture: Architecture
 ) -> Iterator[Finding]:
-    for key, dim in hf_sizes(architecture).items():
-        if raw.get(key) is not None and raw[key] != dims[dim]:
+    for key, (_, size) in hf_sizes(architecture, config).items():
+        if raw.get(key) is not None and raw[key] != size:
             yield Finding(
                 "config-size",
                 "warning",
-                f"config.json says {key}: {raw[key]}, but the tensors say {dims[dim]}, which is "
-                "taken",
+                f"config.json says {key}: {raw[key]}, but the tensors say {size}, which is taken",
                 subject="config sizes",
             )

@@ -1,11 +1,13 @@
 """Hugging Face files whose tensors are not the weights of the table.
 
 Some contain several weights (``Architecture.joined``), some have other rows of q and k
-(``Architecture.paired``), and some are transposed (``Weight.transposed``).
+(``Architecture.paired``), some are transposed (``Weight.transposed``), and some start at another
+row (``Weight.first_row``).
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import mul
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
@@ -34,8 +36,8 @@ def split_joined(
         BridgeError: The rows of a tensor are not those of its weights.
     """
     fusion = Fusion(heads, kv_heads, "grouped")
-    flipped = _transposed(architecture)
-    if not flipped and not architecture.joined:
+    flipped, first_rows = _transposed(architecture), _first_rows(architecture)
+    if not flipped and not first_rows and not architecture.joined:
         return dict(stored)
     weights: dict[str, Whole] = {}
     for name, whole in stored.items():
@@ -43,7 +45,7 @@ def split_joined(
             whole = transposed(whole)
         parts = _parts(architecture, name)
         if not parts:
-            weights[name] = whole
+            weights[name] = _starting_at(first_rows.get(name, 0), whole)
             continue
         rows, *rest = whole.shape or (0,)
         counts = [fusion.part_rows(part, rows) for part in parts.values()]
@@ -88,13 +90,13 @@ def to_stored(
     """The tensors of Hugging Face files, from the weights of a model."""
     weights = _reordered(architecture, config, weights, to_pairs=True)
     stored: dict[str, Whole] = {}
-    flipped = _transposed(architecture)
-    if not flipped and not architecture.joined:
+    flipped, first_rows = _transposed(architecture), _first_rows(architecture)
+    if not flipped and not first_rows and not architecture.joined:
         return dict(weights)
     for name, whole in weights.items():
         joined = stored_name(architecture, name)
         if joined == name:
-            stored[name] = whole
+            stored[name] = _starting_at(-first_rows.get(name, 0), whole)
         elif joined not in stored:
             stored[joined] = _joined([weights[part] for part in _parts(architecture, joined)])
     return {
@@ -113,6 +115,26 @@ def stored_name(architecture: Architecture, name: str) -> str:
 def _transposed(architecture: Architecture) -> set[str]:
     """The patterns of the names of tensors that are transposed in Hugging Face files."""
     return {architecture.joined_name(w.hf) for w in architecture.weights if w.transposed}
+
+
+def _first_rows(architecture: Architecture) -> dict[str, int]:
+    """The first rows of the weights outside the blocks that start at another one in files."""
+    return {w.hf: w.first_row for w in architecture.weights if w.first_row}
+
+
+def _starting_at(row: int, whole: Whole) -> Whole:
+    """The tensor with its rows moved up, so that it starts at one of them. row: may be negative."""
+    if not row or not whole.shape or whole.shape[0] < abs(row):
+        return whole
+    rows, *rest = whole.shape
+    zeros = (0,) * len(rest)
+    above = row % rows
+    below = rows - above
+    pieces = (
+        *cut(whole, (above, *zeros), (below, *rest), (0, *zeros)),
+        *cut(whole, (0, *zeros), (above, *rest), (below, *zeros)),
+    )
+    return replace(whole, pieces=pieces, shards=(), parts=())
 
 
 def _parts(architecture: Architecture, name: str) -> dict[str, Part]:

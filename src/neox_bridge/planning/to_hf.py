@@ -29,6 +29,7 @@ from neox_bridge.planning.model_card import card_text, model_card
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import hf_record
+from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole, cut
 from neox_bridge.tensors.sharing import arranged, shared_together
@@ -218,7 +219,7 @@ def _safetensors(tensors: Sequence[OutputTensor], options: Options) -> tuple[lis
     files = []
     for name, group in shards.items():
         first, order = arranged(group)
-        files.append(layout_safetensors(name, order, first))
+        files.append(cut_reductions(layout_safetensors(name, order, first)))
     if len(shards) == 1:
         return files, "1 safetensors file"
     return [*files, _index(shards)], f"{len(shards)} safetensors files"
@@ -283,8 +284,8 @@ def _config_json(
     # keys that depend on this output and not on the model
     again = ["dtype", "torch_dtype"]
     # a size that the original states as it is keeps its spelling
-    sizes = hf_sizes(architecture).items()
-    again += [key for key, dim in sizes if original.get(key) != config.dims[dim]]
+    sizes = hf_sizes(architecture, config).items()
+    again += [key for key, (_, size) in sizes if original.get(key) != size]
     rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
     # the tensors decide about the head, even if the record describes the model before training
     head = (

@@ -390,7 +390,7 @@ def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dic
         "num_layers": config.layers,
         "hidden_size": config.hidden,
         "num_attention_heads": config.heads,
-        "max_position_embeddings": config.max_positions,
+        "max_position_embeddings": config.dims.get("positions", config.max_positions),
         "make_vocab_size_divisible_by": vocabulary.multiple,
         "padded_vocab_size": vocabulary.padded,
         "tokenizer_type": "HFTokenizer",

@@ -34,6 +34,7 @@ Settings = Mapping[str, Any]
 _FINAL_NORMS = ("final_layer_norm", "norm", "ln_f")
 _LAYERS = ("layers", "h")
 _ATTENTIONS = ("attention", "self_attn", "attn")
+_MLPS = ("mlp", "fc2")  # OPT's MLP is no module, and its last layer has one row for each token
 # reference settings that replace the checkpoint's; not used for Hugging Face checkpoints
 ForwardPass = Callable[[Settings], Stages]
 
@@ -272,11 +273,12 @@ def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
     parts: dict[str, Tensor] = {}
 
     def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        parts[name] = _first(output)
+        value = _first(output)
+        parts[name] = value.reshape(parts["attention"].shape) if "attention" in parts else value
 
     hooks = [
         module.register_forward_hook(partial(record, name))
-        for name, module in (("attention", attention), ("mlp", layer.mlp))
+        for name, module in (("attention", attention), ("mlp", _part(layer, _MLPS)))
     ]
     try:
         yield parts
