@@ -44,8 +44,7 @@ def _attention(x: Tensor, ranks: list[dict[str, Tensor]], at: str, yml: dict[str
         q = q.reshape(len(x), -1, width).transpose(0, 1)
         k, v = (part.squeeze(2).transpose(0, 1).repeat_interleave(per, 0) for part in (k, v))
         dim, base = int(width * yml.get("rotary_pct", 1)), yml.get("rotary_emb_base", 10000)
-        if yml["pos_emb"] == "rotary":
-            q, k = _rotate(q, dim, base), _rotate(k, dim, base)
+        q, k = _rotate(q, dim, base), _rotate(k, dim, base)
         out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
         total += functional.linear(
             out.transpose(0, 1).flatten(1), rank[f"{at}attention.proj.weight"]
@@ -91,8 +90,6 @@ def forward(ranks: list[dict[str, Tensor]], yml: dict[str, Any], tokens: Tensor)
     rows = []
     for row in tokens:
         x = embeddings[row]
-        if yml["pos_emb"] == "learned":
-            x = x + first["0.position_embeddings.weight"][: len(row)]
         for layer in range(2, layers + 2):
             at = f"{layer}."
             attended = _attention(norm(x, f"{at}input_layernorm"), ranks, at, yml)

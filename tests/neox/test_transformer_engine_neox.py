@@ -16,7 +16,6 @@ GROUPED = {"num_key_value_heads": 2, "rms_norm_eps": 1e-8}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"hidden_act": "gelu_fast", "use_parallel_residual": False}),
     ("gpt_neox", {"hidden_act": "gelu_fast"}),
-    ("gpt2", {}),
     ("llama", {"rms_norm_eps": 1e-8}),
     ("llama", GROUPED),
     ("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}),

@@ -55,8 +55,8 @@ Every family except Mamba is also converted as
   transformers. Models with more labels are refused, because GPT-NeoX's head scores with one number.
   Versions: 2024-10 and today. Proof: transformers and the real GPT-NeoX compute the same rewards
   from checkpoints that either wrote.
-- a model with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`, except for `olmo` and
-  `stablelm`. `--te` writes them,
+- a model with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`, except for `olmo`,
+  `stablelm` and families with learned positions. `--te` writes them,
   and they are read by their names. `_extra_state` is left out and listed. Version: today. What
   these modules do not compute is refused: the exact gelu, silu or mish in a plain MLP, a gated
   gelu, a sliding window, tied norms, and `gpt_j_residual` with more than one rank, whose sum

@@ -50,6 +50,9 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
     known = _SAME[architecture.gated]
     what = {"gelu": "the exact gelu"}.get(config.activation, config.activation)
     raw: Mapping[str, Any] = checkpoint.raw if checkpoint.kind == "neox" else {}
+    positions = str(raw.get("pos_emb") or "learned")
+    if checkpoint.kind == "hf" and architecture.has_rotary_buffer:
+        positions = "rotary"
     checks: tuple[tuple[bool, str], ...] = (
         (
             "te_mha" not in known_keys(era) or options.mlp_names == "dense",
@@ -83,8 +86,9 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
             "`te=True`",
         ),
         (
-            raw.get("pos_emb", "rotary") not in ("rotary", "learned", "none"),
-            f"pos_emb: te_mha does not support {raw.get('pos_emb')}. Leave out `te=True`",
+            positions != "rotary",
+            f"pos_emb: te_mha of GPT-NeoX fails with {positions} positions, because it has no "
+            "rope_emb then (megatron/model/transformer_engine.py). Leave out `te=True`",
         ),
         (bool(raw.get("use_mup")), "te_mha does not support use_mup. Leave out `te=True`"),
         (
