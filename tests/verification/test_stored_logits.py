@@ -387,6 +387,10 @@ def test_generated_tokens_have_no_special_ids(
         ),
         (lambda config: config.pop("model_type"), "has no config.json with a model_type"),
         (
+            lambda config: config.update(transformers_weights="other.safetensors"),
+            r"names the files of its weights \(transformers_weights: other.safetensors\), so",
+        ),
+        (
             lambda config: config.update(architectures=["Qwen3Model"]),
             "names the class Qwen3Model, which has no logits of tokens in transformers",
         ),
@@ -428,6 +432,22 @@ def test_what_transformers_cannot_load_or_compute_is_an_error(qwen3: Path, ids: 
     edit_config(qwen3, lambda config: config.update(hidden_act="silu", hidden_size="many"))
     with pytest.raises(BridgeError, match=r"qwen3: transformers \S+ cannot load it: "):
         agreement(qwen3, qwen3, ids)
+
+
+@pytest.mark.usefixtures("here")
+def test_pickles_are_read_only_if_they_are_what_is_compared(
+    made: Callable[[str], Path], qwen3: Path, ids: str
+) -> None:
+    from safetensors.torch import load_file
+
+    file = qwen3 / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save(tensors, qwen3 / "pytorch_model.bin")
+    assert agreement(made("qwen3"), qwen3, ids).largest == 0.0
+    kind, config, _ = model_class(str(qwen3))
+    with pytest.raises(BridgeError, match=r"cannot load it: .*model\.safetensors"):
+        transformers_run.load(str(qwen3), kind, config, "cpu", safetensors=True)
 
 
 @pytest.mark.usefixtures("here")
@@ -474,8 +494,9 @@ def test_a_lack_of_memory_is_no_fault_of_the_files(
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "from_pretrained", load)
     kind, config, _ = model_class(str(qwen3))
     with pytest.raises(MemoryError):
-        transformers_run.load(str(qwen3), kind, config, "cpu")
-    request = transformers_run.Request((str(qwen3),) * 2, ((), ()), None, "cpu", str(qwen3.parent))
+        transformers_run.load(str(qwen3), kind, config, "cpu", True)
+    paths, folder = (str(qwen3), str(qwen3)), str(qwen3.parent)
+    request = transformers_run.Request(paths, ((), ()), (True, True), None, "cpu", folder)
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asdict(request))))
     transformers_run.main()
     assert json.loads((qwen3.parent / "answer.json").read_text())["out_of_memory"] is True

@@ -75,13 +75,20 @@ def compare_stored_logits(
         )
     with tempfile.TemporaryDirectory(prefix="neox-bridge-") as folder:
         paths = first.path, second.path
-        request = Request(paths, (first.tokenizer, second.tokenizer), tokens, device, folder)
+        safetensors = _has_safetensors(first), _has_safetensors(second)
+        tokenizers = first.tokenizer, second.tokenizer
+        request = Request(paths, tokenizers, safetensors, tokens, device, folder)
         answer = answer_of(request, models)
         changes = tuple(_changes(answer, paths))
         agreements = {"logits": _compared(answer, folder, models, changes)}
         if answer.recorded:
             agreements["recorded"] = _recorded(folder, first, changes)
         return agreements
+
+
+def _has_safetensors(model: StoredModel) -> bool:
+    """Whether the main weights are in safetensors files, and not in pickles."""
+    return model.components[0].files[0].endswith(".safetensors")
 
 
 def answer_of(request: Request, models: tuple[StoredModel, ...]) -> Answer:

@@ -41,6 +41,8 @@ class Request:
     Attributes:
         paths: The folders of both models.
         tokenizers: The tokenizer files of each.
+        safetensors: Whether the weights of each are in safetensors files. The others are pickles,
+            which neox-bridge has read already, so that they contain only tensors.
         tokens: As of ``read_tokens``.
         device: "cpu" or "cuda".
         folder: Where to write.
@@ -48,6 +50,7 @@ class Request:
 
     paths: tuple[str, str]
     tokenizers: tuple[tuple[str, ...], ...]
+    safetensors: tuple[bool, bool]
     tokens: str | None
     device: str
     folder: str
@@ -121,7 +124,8 @@ def compute(request: Request) -> Answer:
     sides = []
     for side, (kind, config, task) in enumerate(classes):
         _tell_stage(request, side, "loading")
-        model, loaded = load(request.paths[side], kind, config, request.device)
+        safetensors = request.safetensors[side]
+        model, loaded = load(request.paths[side], kind, config, request.device, safetensors)
         if not loaded.missing and not loaded.unexpected:
             _tell_stage(request, side, "computing")
             modules = _forward(model, task, inputs.tokens, request, side)
@@ -152,6 +156,13 @@ def model_class(path: str) -> tuple[Any, Any, Task]:
         raise Refused(
             f"{path} has no config.json with a model_type, so {version} cannot tell which class "
             "computes the model. Compare the tensors alone, without `logits=True`."
+        )
+    if raw.get("transformers_weights") is not None:
+        raise Refused(
+            f"{path}: config.json names the files of its weights (transformers_weights: "
+            f"{plain(str(raw['transformers_weights']))}), so {version} may compute other weights "
+            "than those that are compared. Remove the key, or compare the tensors alone, without "
+            "`logits=True`."
         )
     if family not in CONFIG_MAPPING:
         code = raw.get("auto_map")
@@ -237,14 +248,18 @@ def _special_ids(config: Mapping[str, Any]) -> Iterator[int]:
             yield from (one for one in values if isinstance(one, int))
 
 
-def load(path: str, kind: Any, config: Any, device: str) -> tuple[Any, Loaded]:
-    """The model in float32, and what transformers changed silently when it loaded it."""
+def load(path: str, kind: Any, config: Any, device: str, safetensors: bool) -> tuple[Any, Loaded]:
+    """The model in float32, and what transformers changed silently when it loaded it.
+
+    safetensors: whether to read safetensors files, or else pickles.
+    """
     try:
         model, info = kind.from_pretrained(
             path,
             config=config,
             attn_implementation="eager",
             local_files_only=True,
+            use_safetensors=safetensors,
             output_loading_info=True,
             **{_dtype_key(): torch.float32},
         )
