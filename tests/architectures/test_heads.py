@@ -35,6 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("olmo", {"num_key_value_heads": 2}),
     ("gpt2", {}),
+    ("opt", {}),
     ("gpt_bigcode", {"n_embd": 64, "n_head": 4}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     ("phi3", {"num_key_value_heads": 2, "eos_token_id": 2}),
