@@ -238,6 +238,45 @@ def test_tensors_that_are_not_decoded_are_hashed_as_bytes_without_a_norm(tmp_pat
     assert result.to_json()["steps"][0]["tensors"]["w"]["norm"] is None
 
 
+# --- other repositories than one model in safetensors
+
+
+def test_components_in_folders(tmp_path: Path) -> None:
+    def tensors(step: int, component: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(10 * step + component)
+        return {f"w{n}": torch.randn(8, 8, generator=generator) for n in range(2)}
+
+    for step in range(4):
+        folder = tmp_path / "run" / f"step{step}"
+        for number, component in enumerate(("unet", "vae")):
+            (folder / component).mkdir(parents=True)
+            wrong_step = 1 if (step, component) == (3, "vae") else step
+            path = folder / component / "diffusion_pytorch_model.safetensors"
+            save_file(tensors(wrong_step, number), path)
+            (folder / component / "config.json").write_text(json.dumps({"channels": step == 2}))
+        (folder / "model_index.json").write_text("{}")
+    result = audit([str(tmp_path / "run")])
+    shared, *configs = wrong(result)
+    assert (shared.code, shared.steps) == ("shared-shard", ("1", "3"))
+    assert "everything in vae/diffusion_pytorch_model.safetensors" in shared.message
+    assert shared.tensors == ("vae/w0", "vae/w1")
+    (config,) = configs
+    assert (config.code, config.steps) == ("config-differs", ("2",))
+    assert "unet: channels is True, and False at most steps" in config.message
+
+
+def test_pickled_weights_without_a_config(tmp_path: Path) -> None:
+    for step in range(3):
+        folder = tmp_path / f"step{step}"
+        folder.mkdir()
+        weight = torch.arange(16.0).reshape(4, 4) + min(step, 1)
+        torch.save({"w": weight}, folder / "pytorch_model.bin")
+    (fault,) = audit([str(tmp_path)]).faults
+    assert (fault.code, fault.steps) == ("identical-steps", ("1", "2"))
+    (single,) = audit([str(tmp_path / "step0")]).steps
+    assert (single.read_by, single.read) == ("names", 1)
+
+
 # --- with a known family
 
 
