@@ -265,12 +265,13 @@ def test_components_in_folders(tmp_path: Path) -> None:
     assert "unet: channels is True, and False at most steps" in config.message
 
 
-def test_pickled_weights_without_a_config(tmp_path: Path) -> None:
+def test_pickled_weights(tmp_path: Path) -> None:
     for step in range(3):
         folder = tmp_path / f"step{step}"
         folder.mkdir()
         weight = torch.arange(16.0).reshape(4, 4) + min(step, 1)
         torch.save({"w": weight}, folder / "pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps({"model_type": "unknown"}))
     (fault,) = audit([str(tmp_path)]).faults
     assert (fault.code, fault.steps) == ("identical-steps", ("1", "2"))
     (single,) = audit([str(tmp_path / "step0")]).steps
