@@ -135,6 +135,9 @@ def test_the_installed_transformers_has_the_classes_of_the_list() -> None:
     assert isinstance(older, TransformersFacts)
     assert not lacks_class("ernie_m", older)  # 5.0 removed it
     assert lacks_class("ernie_m", facts)
+    newer = target_named("transformers@9.0")
+    assert isinstance(newer, TransformersFacts)
+    assert not lacks_class("no_such_type", newer)  # nobody knows its classes yet
 
 
 def test_the_python_interface(shards: Path) -> None:
@@ -175,6 +178,7 @@ def test_every_damage_is_collected(shards: Path) -> None:
     ]
     by_code = examined(1, shards)
     assert by_code["missing-shards"]["missing"] == [first]
+    assert "wrong-total-size" not in by_code  # that of files that are not there
     assert by_code["misplaced-file"]["wrong"] == [second, "tokenizer.model"]
     assert "git lfs pull" in by_code["misplaced-file"]["remedy"]
     links = [one for one in found if one["code"] == "dangling-link"]
@@ -368,6 +372,22 @@ def test_a_known_family_keeps_its_error_and_shows_all_damage(tmp_path: Path) -> 
     assert "merges.txt is a Git LFS pointer" in done.stdout
 
 
+def test_the_index_of_a_known_family_is_written_again(tmp_path: Path) -> None:
+    from common import make_hf
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_hf(tmp_path / "whole", family="llama"))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size="30KB")
+    edited(folder / INDEX, lambda index: index["metadata"].update(total_size=5))
+    (facts,) = json.loads(run("doctor", folder, "--json").stdout)["checkpoints"]
+    (finding,) = [one for one in facts["findings"] if one["code"] == "wrong-total-size"]
+    follow(finding)
+    fixed = run("doctor", f"{folder}-fixed", "--json")
+    assert fixed.exit_code == 0
+    assert "wrong-total-size" not in fixed.stdout
+
+
 # settings
 
 
@@ -428,6 +448,8 @@ def test_settings(fault: str, single: Path) -> None:
     name = "rope-two-spellings" if fault.startswith("rope") else fault
     assert found[name]["severity"] == severity
     assert any(evidence in one for one in (*found[name]["wrong"], *found[name]["missing"]))
+    if fault == "code-missing":  # the code of another repository is not missing here
+        assert found[name]["missing"] == ["configuration_x.py"]
 
 
 def test_no_config(single: Path) -> None:

@@ -476,6 +476,7 @@ def _fix(
 ) -> dict[str, Any] | None:
     from neox_bridge.doctor import fixes
     from neox_bridge.doctor.fix_changes import changes_of
+    from neox_bridge.doctor.fix_index import with_right_indexes
     from neox_bridge.execution.execute import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.option_checks import check_outside
@@ -500,6 +501,7 @@ def _fix(
         if not as_json and checkpoint.kind == "neox":
             print_line(f"nothing to fix: {checkpoint.path}")
         return None
+    plan = with_right_indexes(checkpoint, plan)
     where = options.fix or fixes.replaced(checkpoint)
     if options.in_place:
         plan = fixes.in_place(checkpoint, plan)

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.doctor.fix_changes import Edit, FileChange
 from neox_bridge.doctor.fixes import not_copied, other_files
 from neox_bridge.doctor.repository import Repository, Shards, read_repository
 from neox_bridge.errors import BridgeError, Refused, Unverified
-from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.text_files import LARGE_BYTES, dump_json, read_json
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.plan import Plan
@@ -78,6 +78,23 @@ def plan_index_fix(repository: Repository, *, in_place: bool = False) -> IndexFi
         files.append(text_file(RECORD, dump_json(record), seals=True))
         changes.append(FileChange(RECORD, "added"))
     return IndexFix(Plan(dict(source), {"kind": "hf"}, tuple(files)), tuple(changes))
+
+
+def with_right_indexes(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan of a fix, which also writes the indexes again that it would copy."""
+    if checkpoint.kind != "hf" or not checkpoint.index_findings:
+        return plan
+    path = checkpoint.path
+    indexes = {
+        os.path.join(one.folder, one.index): one for one in read_repository(path, "").fixable
+    }
+    files = [
+        text_file(file.path, dump_json(_index(indexes[file.path], _read(file.copy_of))))
+        if file.copy_of is not None and file.path in indexes
+        else file
+        for file in plan.files
+    ]
+    return replace(plan, files=tuple(files))
 
 
 def _read(path: str) -> dict[str, Any]:
