@@ -58,3 +58,20 @@ def test_loads(tp: int, neox_python: str, tmp_path: Path, monkeypatch: pytest.Mo
             padded = "embed" in name or "lm_head" in name
             own[name] = own[name][: len(want[name])].contiguous() if padded else own[name]
         assert_same({name: own[name] for name in want}, want)
+
+
+def test_only_rotary_positions_run(
+    neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So models with other positions are refused: the forward pass of te_mha needs rope_emb."""
+    stand_in = str(Path(__file__).parent / "stand_in")
+    monkeypatch.setenv("PYTHONPATH", stand_in + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    hf = real_neox.with_tokenizer(make_hf(tmp_path / "hf", hidden_act="gelu_fast"))
+    convert(hf, tmp_path / "te", te=True)
+    yml, logits = str(tmp_path / "te" / "finetune.yml"), str(tmp_path / "x.npz")
+    jobs = [
+        {"yml": yml, "logits": logits, "set": {"pos_emb": positions, "load": None}}
+        for positions in ("learned", "none")
+    ]
+    errors = real_neox.run(neox_python, "gpt-neox", 1, jobs, tmp_path)
+    assert ["has no attribute 'rope_emb'" in str(error) for error in errors] == [True, True]
