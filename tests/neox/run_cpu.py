@@ -18,6 +18,7 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     freeze: a part of the names of parameters that are not trained, or left out; GPT-NeoX itself
         freezes all but its soft prompt
     save: a folder for GPT-NeoX's own checkpoint of the model, or left out
+    save_every: after how many of the steps of ``losses`` it saves too, or left out
 The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
 replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text,
 "losses": [...]}.
@@ -25,6 +26,7 @@ replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": nu
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -94,6 +96,9 @@ engine.is_zero_supported_optimizer = lambda _optimizer: True
 type(get_accelerator()).is_fp16_supported = lambda _self: True
 without_apex()  # after transformers has looked for the real one
 from megatron import initialize, mpu, training
+
+for extension in os.environ.get("RUN_CPU_IMPORTS", "").split():
+    importlib.import_module(extension)  # before GPT-NeoX's functions are imported by name
 from megatron.checkpointing import save_checkpoint
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import build_tokenizer
@@ -142,11 +147,14 @@ def run(job) -> list[float]:
     for _ in range(job["steps"]):
         train(args, model)
     first = args.iteration or 0
-    told = [
-        step(args, model, first + n, job.get("alike", False)) for n in range(job.get("losses", 0))
-    ]
     if job.get("save"):
         args.save = job["save"]
+    told, every = [], job.get("save_every", 0)
+    for number in range(first, first + job.get("losses", 0)):
+        told.append(step(args, model, number, job.get("alike", False)))
+        if every and (number + 1) % every == 0:
+            save_checkpoint(args, number + 1, model, None, None)
+    if job.get("save") and not every:
         save_checkpoint(args, first + len(told) or 1, model, None, None)
     if job["logits"] and not job.get("tokens"):
         save_logits(args, model, stages, job["logits"], job.get("training", False))
