@@ -1,4 +1,4 @@
-"""The program that exports saved steps: ``python -m neox_bridge.neox.exporter SAVE TARGET``.
+"""The program that exports saved steps: ``python -m neox_bridge.training.exporter SAVE TARGET``.
 
 It reads the iterations to export from stdin, one a line. It never stops a training: whatever fails
 is logged and tried again, and what is still left when it ends is exported by the next run.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
-from neox_bridge.neox.exporting import LOG, Exports
+from neox_bridge.training.exporting import LOG, Exports
 
 JOURNAL = ".neox_bridge_exports"
 WAITS_SECONDS = (10.0, 60.0, 300.0)  # before each further try

@@ -90,7 +90,7 @@ class Exporter:
         """Start the process. It exports first what an earlier run has left."""
         one = self.exports
         os.makedirs(one.target, exist_ok=True)
-        command = [sys.executable, "-m", "neox_bridge.neox.exporter", one.save, one.target]
+        command = [sys.executable, "-m", "neox_bridge.training.exporter", one.save, one.target]
         command += ["--keep", str(one.keep), "--interval", str(one.interval)]
         command += ["--push", one.repository] if one.repository else []
         environment = {k: v for k, v in os.environ.items() if k not in _OF_RANKS}

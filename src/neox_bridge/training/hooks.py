@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.neox import loading
-from neox_bridge.neox.exporting import Exporter, Exports, exports_of
-from neox_bridge.neox.keys import register
+from neox_bridge.training import loading
+from neox_bridge.training.exporting import Exporter, Exports, exports_of
+from neox_bridge.training.keys import register
 
 _MARK = "_neox_bridge"  # of a function that is wrapped
 _EXPORTERS: list[Exporter] = []  # of rank 0
