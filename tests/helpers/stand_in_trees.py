@@ -343,6 +343,43 @@ parser.add_argument("--output_dir", type=str)
 """
 
 
+# what the launcher and the ranks run; today's and the others are alike
+TRAIN = {
+    "train.py": '''\
+#!/usr/bin/env python
+"""Train"""
+from megatron.neox_arguments import NeoXArgs
+from megatron.training import pretrain
+
+
+def main(input_args=None, overwrite_values=None):
+    neox_args = NeoXArgs.consume_neox_args(input_args, overwrite_values)
+    pretrain(neox_args=neox_args)
+
+
+if __name__ == "__main__":
+    main()
+''',
+    "deepy.py": """\
+#!/usr/bin/env python
+import os
+
+import deepspeed.launcher.runner
+
+
+def main(input_args=None):
+    from megatron.neox_arguments import NeoXArgs
+
+    neox_args = NeoXArgs.consume_deepy_args(input_args)
+    deepspeed.launcher.runner.main(neox_args.get_deepspeed_main_args())
+
+
+if __name__ == "__main__":
+    main()
+""",
+}
+
+
 def scripts_of(name: str) -> dict[str, str]:
     """The conversion scripts of the tree of a date, by their names in tools/ckpts."""
     options = _NEOX_TO_HF
@@ -400,6 +437,8 @@ def write_tree(name: str, folder: Path) -> Path:
         target = folder / "megatron" / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+    for script, text in TRAIN.items():
+        (folder / script).write_text(text)
     requirements = folder / "requirements" / "requirements.txt"
     requirements.parent.mkdir(exist_ok=True)
     commit = next(c for c, v in DEEPERSPEED_VERSIONS.items() if v == era_named(name).deepspeed)

@@ -10,6 +10,7 @@ from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json, print_line
 from neox_bridge.documents import document
+from neox_bridge.errors import UsageError
 from neox_bridge.option import option
 from neox_bridge.wording import plural
 
@@ -25,6 +26,12 @@ class PatchOptions:
         False,
         "Patch the conversion scripts in tools/ckpts instead: they call neox-bridge with their "
         "own command lines.",
+        common=True,
+    )
+    train: bool = option(
+        False,
+        "Patch train.py and deepy.py instead: a yml can load Hugging Face models and save them "
+        "(load, save_hf).",
         common=True,
     )
     dry_run: bool = option(False, "Print the changes as a diff and write nothing.", common=True)
@@ -43,22 +50,28 @@ def patch(tree: str, options: PatchOptions, output: Output) -> None:
     Classes that compute inv_freq (or ALiBi slopes) no longer store it, unless a flag in the yml
     says so. They get a load hook that takes it from checkpoints that have it and fills it in for
     those that do not. Loading stays strict. Either all files are patched or none. A source tree in
-    an unknown form is refused (exit code 4). --revert undoes both kinds of patches.
+    an unknown form is refused (exit code 4). --revert undoes all kinds of patches.
 
     \b
     Examples:
       neox-bridge patch ~/gpt-neox --dry-run
       neox-bridge patch ~/gpt-neox
       neox-bridge patch ~/gpt-neox --scripts
+      neox-bridge patch ~/gpt-neox --train
       neox-bridge patch ~/gpt-neox --revert
     """
-    from neox_bridge.patch import patcher, scripts
+    from neox_bridge.patch import patcher, scripts, train_scripts
 
+    if options.scripts and options.train:
+        raise UsageError(["train"], "not together with `scripts`", "Run the command twice.")
     dry_run, revert = options.dry_run, options.revert
     if revert:
         plan = patcher.plan_revert(tree) if dry_run else patcher.revert(tree)
     else:
-        plan = scripts.plan_scripts(tree) if options.scripts else patcher.plan_patch(tree)
+        if options.train:
+            plan = train_scripts.plan_train(tree)
+        else:
+            plan = scripts.plan_scripts(tree) if options.scripts else patcher.plan_patch(tree)
         if not dry_run:
             patcher.apply(plan)
     if output.as_json:

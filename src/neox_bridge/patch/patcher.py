@@ -28,6 +28,7 @@ from neox_bridge.patch.places import (
     KEPT,
     MARK,
     SCRIPTS_FOLDER,
+    TRAIN_SCRIPTS,
     Change,
     Place,
     changes_for,
@@ -186,7 +187,9 @@ def revert(tree: str | os.PathLike[str]) -> Patch:
         _check_unchanged(root, patch)
         _replace_all({root / file.path: file.new for file in patch.files})
         kept = root / KEPT
-        unpatched = not any(has_patch(text) for _, text in _sources(root, _PACKAGE, SCRIPTS_FOLDER))
+        sources = [text for _, text in _sources(root, _PACKAGE, SCRIPTS_FOLDER)]
+        sources += [read(root / name) or b"" for name in TRAIN_SCRIPTS]
+        unpatched = not any(map(has_patch, sources))
         if (kept / _RECORD).is_file() or (kept.is_dir() and unpatched):
             for path in kept.iterdir():  # the record last, so that a killed run can be resumed
                 if path.is_dir():
@@ -202,6 +205,8 @@ def _remove_left_over(root: Path) -> None:
     for folder in (root / "megatron", root / SCRIPTS_FOLDER, root / KEPT):
         for path in folder.rglob(f".*{_TEMPORARY}"):
             path.unlink(missing_ok=True)
+    for name in TRAIN_SCRIPTS:
+        (root / f".{name}{_TEMPORARY}").unlink(missing_ok=True)
 
 
 def tree_root(tree: str | os.PathLike[str]) -> Path:
@@ -265,6 +270,8 @@ def _record(root: Path) -> dict[str, dict[str, str]]:
         raise Refused(f"{root / KEPT / _RECORD} cannot be read, so nothing was changed.") from None
     for path in hashes:
         pure = PurePosixPath(path)
+        if path in TRAIN_SCRIPTS:
+            continue
         if pure.is_absolute() or ".." in pure.parts or not path.startswith(_FOLDERS):
             raise Refused(
                 f"{root / KEPT / _RECORD} names {path}, which is not below "

@@ -168,7 +168,7 @@ def _patched(script: Script, source: bytes) -> FilePatch:
         *declarations,
         inserted(f"{indent}return parser.parse_args(words)\n\n\n{_ending(script)}\n\n"),
     ]
-    before, inside = _first_line(module), body.lineno - 1
+    before, inside = first_statement_line(module), body.lineno - 1
     main = inserted(_in_main(script, indent))
     new = b"".join([mark, *lines[:before], *top, *lines[before:inside], main, *lines[inside:]])
     compile(new, script.path, "exec", dont_inherit=True)
@@ -193,7 +193,7 @@ def _in_main(script: Script, indent: str = "") -> str:
     return f"{indent}{parse}  {MARK}\n{indent}return {call}\n"
 
 
-def _first_line(module: ast.Module) -> int:
+def first_statement_line(module: ast.Module) -> int:
     """How many lines are before the first statement that is no docstring or ``__future__``."""
     for node in module.body:
         is_future = isinstance(node, ast.ImportFrom) and node.module == "__future__"

@@ -1,10 +1,11 @@
 """The program that exports saved steps: ``python -m neox_bridge.training.exporter SAVE TARGET``.
 
 It reads the iterations to export from stdin, one a line. It never stops a training: whatever fails
-is logged and tried again, and what is still left when it ends is exported by the next run.
+is logged and tried again, and the next run exports what is still left when it ends.
 """
 
 import argparse
+import fcntl
 import os
 import queue
 import re
@@ -12,158 +13,251 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
-from neox_bridge.training.exporting import LOG, Exports
+from neox_bridge.layouts.file_names import STEP
+from neox_bridge.training.exports import Exports
 
+LOG = "neox_bridge_exports.log"
 JOURNAL = ".neox_bridge_exports"
-WAITS_SECONDS = (10.0, 60.0, 300.0)  # before each further try
+RETRY_SECONDS = (10.0, 60.0, 300.0)  # before each further try
+_LATEST = "latest"
 _NICENESS = 10
 _WORKERS = 2  # threads, so that the trainer's data loaders keep their cores
-_STEP = re.compile(r"step(\d+)")
+_STEP_FOLDER = re.compile(r"step(\d+)")
+_REMOVED = ".removed"  # the end of the name of a folder that is being removed
+Say = Callable[[str], None]
+
+
+class StepGone(Exception):
+    """GPT-NeoX removed the step (keep_last_n_checkpoints), so that it cannot be exported."""
 
 
 @dataclass
 class Pending:
-    """A step to export. due: a time of time.monotonic()."""
+    """A step to export.
+
+    Attributes:
+        tries: How often it failed.
+        due: When to try it, as a time of ``time.monotonic``.
+        converted: Whether only the push is left.
+    """
 
     iteration: int
     tries: int = 0
     due: float = 0.0
+    converted: bool = False
 
 
-def export(exports: Exports, iteration: int) -> str:
-    """Export one step, and return what was done, as a part of a sentence.
+def convert_step(exports: Exports, iteration: int) -> str:
+    """Convert one step and verify it. Returns the folder.
 
-    Raises BridgeError or OSError if it fails. A step that GPT-NeoX has removed is left out.
+    A folder of that name is replaced: a run that went back saves the same iterations again.
+
+    Raises:
+        StepGone: GPT-NeoX removed the step before or while it was read.
+        BridgeError: The step cannot be converted. Also other errors: see ``run``.
     """
     from neox_bridge.api import convert
 
     source = os.path.join(exports.save, f"global_step{iteration}")
     target = os.path.join(exports.target, f"step{iteration}")
-    if os.path.exists(os.path.join(target, RECORD)):
-        done = "was exported before"
-    else:
+    try:
         if not os.path.isdir(source):
-            return "is gone (keep_last_n_checkpoints), so it is not exported"
-        try:
-            convert(source, target, to="hf", workers=_WORKERS)
-        except (BridgeError, OSError):
-            if not os.path.isdir(source):
-                return "was removed while it was read (keep_last_n_checkpoints); not exported"
-            raise
-        done = f"exported to {target}, verified"
-    if exports.repository:
-        from neox_bridge.api import publish
-
-        published = publish(target, f"hf://{exports.repository}@step{iteration}")
-        done += f", pushed to {published.url}"
-    _remove_old(exports)
-    return done
+            raise StepGone
+        convert(source, target, to="hf", overwrite=True, workers=_WORKERS)
+    except BaseException as error:
+        # the training needs the disk space more than a further try
+        work = os.path.join(exports.target, f".step{iteration}.neox-bridge")
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(f"{target}.unverified", ignore_errors=True)
+        if not os.path.isdir(source):
+            raise StepGone from error
+        raise
+    return target
 
 
-def _remove_old(exports: Exports) -> None:
-    """Remove the oldest exported steps, as many as are above ``keep``."""
+def push_step(exports: Exports, iteration: int) -> str:
+    """Push an exported step to the branch ``stepN`` of the repository. Returns the URL."""
+    from neox_bridge.api import publish
+
+    folder = os.path.join(exports.target, f"step{iteration}")
+    branch = f"hf://{exports.repository}@step{iteration}"
+    return publish(folder, branch, overwrite=True).url
+
+
+def remove_old(exports: Exports) -> None:
+    """Remove the oldest exported steps, so that ``keep`` are left."""
     if not exports.keep:
         return
-    steps = [
+    names = os.listdir(exports.target)
+    steps = sorted(
         (int(match[1]), name)
-        for name in os.listdir(exports.target)
-        if (match := _STEP.fullmatch(name))
+        for name in names
+        if (match := _STEP_FOLDER.fullmatch(name))
         and os.path.exists(os.path.join(exports.target, name, RECORD))
-    ]
-    for _, name in sorted(steps)[: -exports.keep]:
-        gone = os.path.join(exports.target, f".{name}.removed")
-        os.rename(os.path.join(exports.target, name), gone)  # so that no half folder has its name
-        shutil.rmtree(gone, ignore_errors=True)
+    )
+    for _, name in steps[: -exports.keep]:
+        # renamed first, so that no folder with half of the files has the name of a step
+        folder = os.path.join(exports.target, f".{name}{_REMOVED}")
+        os.rename(os.path.join(exports.target, name), folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        if name.startswith(".step") and name.endswith(_REMOVED):  # of a killed process
+            shutil.rmtree(os.path.join(exports.target, name), ignore_errors=True)
 
 
 def run(
     exports: Exports,
-    iterations: Iterable[str],
-    say: Callable[[str], None],
-    export_step: Callable[[Exports, int], str] = export,
+    lines: Iterable[str],
+    say: Say,
+    convert: Callable[[Exports, int], str] = convert_step,
+    push: Callable[[Exports, int], str] = push_step,
 ) -> bool:
-    """Export every iteration, until there are no more and all were tried often enough.
+    """Export the steps that an earlier run left, and those of ``lines``, until all are settled.
+
+    A step that fails is tried again after RETRY_SECONDS each. An error of any kind counts as a
+    failure: the process must go on with the next step.
 
     Returns:
-        Whether all were exported.
+        Whether no step failed for good.
     """
-    journal = _Journal(os.path.join(exports.target, JOURNAL))
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    journal = Journal(os.path.join(exports.target, JOURNAL), say)
+    incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
-        for line in iterations:
-            lines.put(line)
-        lines.put(None)
+        for line in lines:
+            incoming.put(line)
+        incoming.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    pending = [Pending(iteration) for iteration in journal.left()]
+    pending = [Pending(iteration) for iteration in journal.left(exports)]
     if pending:
-        say(f"{len(pending)} steps of an earlier run are exported now")
-    more, failed = True, False
-    while more or pending:
-        now = time.monotonic()
-        due = min((one.due for one in pending), default=None)
-        wait = None if due is None else max(0.0, due - now)
-        if more and (wait is None or wait > 0 or not lines.empty()):
-            try:
-                line = lines.get(timeout=wait)
-            except queue.Empty:
-                continue
-            if line is None:
-                more = False
-            elif line.strip().isdigit():
-                iteration = int(line)
-                journal.note("saved", iteration)
-                pending = [one for one in pending if one.iteration != iteration]
-                pending.append(Pending(iteration))
+        say(f"steps left by an earlier run: {', '.join(str(p.iteration) for p in pending)}")
+    is_open, failed = True, False
+    while is_open or pending:
+        step = min(pending, key=lambda p: (p.due, p.iteration), default=None)
+        seconds = None if step is None else max(0.0, step.due - time.monotonic())
+        if is_open and (seconds != 0.0 or not incoming.empty()):
+            with suppress(queue.Empty):
+                line = incoming.get(timeout=seconds)
+                if line is None:
+                    is_open = False
+                elif line.strip().isdigit():
+                    iteration = int(line)
+                    journal.note("saved", iteration)
+                    pending = [p for p in pending if p.iteration != iteration]
+                    pending.append(Pending(iteration))
             continue
-        one = min(pending, key=lambda entry: entry.due)
-        if wait:
-            time.sleep(wait)
-        pending.remove(one)
+        assert step is not None
+        time.sleep(seconds or 0.0)
+        pending.remove(step)
         try:
-            done = export_step(exports, one.iteration)
-        except (BridgeError, OSError) as error:
-            if one.tries == len(WAITS_SECONDS):
+            _export(exports, step, say, convert, push)
+        except StepGone:
+            say(
+                f"step {step.iteration} was removed before it was exported "
+                "(keep_last_n_checkpoints), skipped"
+            )
+        except Exception as error:  # also a bug: it must not end the exports of a long run
+            text = str(error) or type(error).__name__
+            if step.tries == len(RETRY_SECONDS):
                 failed = True
-                say(f"step {one.iteration} is not exported: {error}. The next run tries again")
+                say(f"step {step.iteration} failed: {text} The next run tries again")
                 continue
-            seconds = WAITS_SECONDS[one.tries]
-            say(f"step {one.iteration} could not be exported: {error}. Next try in {seconds:g} s")
-            pending.append(Pending(one.iteration, one.tries + 1, time.monotonic() + seconds))
-        else:
-            journal.note("done", one.iteration)
-            say(f"step {one.iteration} {done}")
+            seconds = RETRY_SECONDS[step.tries]
+            say(f"step {step.iteration} failed: {text} Retry in {seconds:g} s")
+            step.tries, step.due = step.tries + 1, time.monotonic() + seconds
+            pending.append(step)
+            continue
+        journal.note("done", step.iteration)
     return not failed
 
 
-class _Journal:
-    """Which steps were saved and which are done, in a file that survives a crash."""
+def _export(
+    exports: Exports,
+    step: Pending,
+    say: Say,
+    convert: Callable[[Exports, int], str],
+    push: Callable[[Exports, int], str],
+) -> None:
+    if not step.converted:
+        start = time.monotonic()
+        folder = convert(exports, step.iteration)
+        seconds = time.monotonic() - start
+        say(f"step {step.iteration} exported to {folder} and verified in {seconds:.1f} s")
+        step.converted = True
+    if exports.repository:
+        say(f"step {step.iteration} pushed to {push(exports, step.iteration)}")
+    remove_old(exports)
 
-    def __init__(self, path: str) -> None:
-        self.path = path
 
-    def left(self) -> list[int]:
-        """The iterations that were saved and are not done, in order."""
+class Journal:
+    """Which steps were saved and which are done, in a file that survives a crash.
+
+    A line is a word and an iteration: ``saved``, ``done``, or ``after`` for the last step that the
+    run had when its exports began.
+    """
+
+    def __init__(self, path: str, say: Say) -> None:
+        self.path, self._say = path, say
+
+    def left(self, exports: Exports) -> list[int]:
+        """The iterations that were saved and are not done, in order.
+
+        These include steps that are later than all in the journal: the process was killed before
+        it knew of them.
+        """
+        latest = _latest(exports.save)
         if not os.path.exists(self.path):
+            self.note("after", latest)
             return []
-        saved: dict[int, bool] = {}
+        is_done: dict[int, bool] = {}
         with open(self.path, encoding="ascii", errors="replace") as file:
             for line in file:
                 word, _, number = line.strip().partition(" ")
-                if number.isdigit() and word in ("saved", "done"):
-                    saved[int(number)] = word == "done"
-        return sorted(iteration for iteration, done in saved.items() if not done)
+                if number.lstrip("-").isdigit() and word in ("saved", "done", "after"):
+                    is_done[int(number)] = word != "saved"
+        last = max(is_done, default=latest)
+        unknown = [n for n in _steps(exports.save) if last < n <= latest and exports.is_due(n)]
+        return sorted([*(n for n, done in is_done.items() if not done), *unknown])
 
     def note(self, word: str, iteration: int) -> None:
-        with open(self.path, "a", encoding="ascii") as file:
-            file.write(f"{word} {iteration}\n")
+        """Append a line. If the disk is full, say so."""
+        try:
+            with open(self.path, "a", encoding="ascii") as file:
+                file.write(f"{word} {iteration}\n")
+        except OSError as error:
+            self._say(f"{self.path} cannot be written: {error}")
+
+
+def _steps(save: str) -> list[int]:
+    with suppress(OSError):
+        return [int(m[1]) for name in os.listdir(save) if (m := STEP.fullmatch(name))]
+    return []
+
+
+def _latest(save: str) -> int:
+    """The iteration that ``latest`` names; -1 if the run has saved none."""
+    with suppress(OSError), open(os.path.join(save, _LATEST), encoding="utf-8") as file:
+        if match := STEP.fullmatch(file.read().strip()):
+            return int(match[1])
+    return -1
+
+
+@contextmanager
+def _alone(target: str) -> Iterator[None]:
+    """Wait until the exporter of an earlier run has ended, which still writes into this folder."""
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def main() -> None:
@@ -186,7 +280,8 @@ def main() -> None:
         with suppress(OSError), open(log, "a", encoding="utf-8") as file:  # the disk may be full
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    sys.exit(0 if run(exports, sys.stdin, say) else 1)
+    with _alone(exports.target):
+        sys.exit(0 if run(exports, sys.stdin, say) else 1)
 
 
 if __name__ == "__main__":

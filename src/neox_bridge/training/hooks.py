@@ -8,17 +8,21 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.training import loading
-from neox_bridge.training.exporting import Exporter, Exports, exports_of
+from neox_bridge.training.exports import ExporterProcess, Exports, exports_of
 from neox_bridge.training.keys import register
 
-_MARK = "_neox_bridge"  # of a function that is wrapped
-_EXPORTERS: list[Exporter] = []  # of rank 0
+_LAUNCHER = "deepy.py"
+_WRAPPED = "_neox_bridge"  # the attribute of a function that is wrapped
+_exporters: list[ExporterProcess] = []  # one on rank 0 if the run exports, none elsewhere
+_loaded_models: list[Any] = []  # the engines of this setup, of which the first is trained
 
 
 def install() -> None:
@@ -32,49 +36,83 @@ def install() -> None:
         if error.name is None or error.name.partition(".")[0] != "megatron":
             raise
         raise ImportError(
-            "neox_bridge.neox works inside GPT-NeoX: import it in train.py and deepy.py of a "
-            "GPT-NeoX tree, whose package `megatron` is not on sys.path here."
+            "neox_bridge.neox works inside GPT-NeoX. Import it in train.py and deepy.py of a "
+            "GPT-NeoX tree: its package `megatron` is not on sys.path here."
         ) from None
     register(arguments)
-    if "deepy" in os.path.basename(sys.argv[0]):
-        return  # the launcher only checks the keys
+    if os.path.basename(sys.argv[0]) == _LAUNCHER:
+        return  # it only checks the keys and passes them on
     training = importlib.import_module("megatron.training")
     checkpointing = importlib.import_module("megatron.checkpointing")
-    _wrap("load_checkpoint", _loading, checkpointing, training)
-    _wrap("save_checkpoint", _saving, checkpointing, training)
-    _wrap("setup_model_and_optimizer", _setting_up, training)
+    _wrap("load_checkpoint", _load_checkpoint, checkpointing, training)
+    _wrap("save_checkpoint", _save_checkpoint, checkpointing, training)
+    _wrap("setup_model_and_optimizer", _setup_model_and_optimizer, training)
+    _wrap("pretrain", _pretrain, training)
 
 
-def _wrap(name: str, around: Callable[..., Any], *modules: ModuleType) -> None:
+def _wrap(name: str, wrapper: Callable[..., Any], *modules: ModuleType) -> None:
     """Replace a function in every module that has imported it."""
     original = getattr(modules[0], name)
-    if hasattr(original, _MARK):
+    if hasattr(original, _WRAPPED):
         return
-    wrapped = functools.wraps(original)(functools.partial(around, original))
-    setattr(wrapped, _MARK, True)
+    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+    setattr(wrapped, _WRAPPED, True)
     for module in modules:
         setattr(module, name, wrapped)
 
 
-def _loading(
-    original: Callable[..., int], neox_args: Any, model: Any, *rest: Any, **named: Any
+def _load_checkpoint(
+    original: Callable[..., int], neox_args: Any, model: Any, *args: Any, **kwargs: Any
 ) -> int:
-    """``load_checkpoint``, which also starts from a Hugging Face model. Returns the iteration."""
-    start = loading.start_of(neox_args.load, neox_args.save)
-    if start.resumed:
-        say(f"the run goes on from {start.resumed}, not from {neox_args.load}")
-        neox_args.load = start.resumed
-    if not start.source:
-        return original(neox_args, model, *rest, **named)
-    from megatron import mpu  # type: ignore[import-not-found]
+    """``load_checkpoint``, which also starts from a Hugging Face model. Returns the iteration.
 
-    checkpoint = loading.open_for_run(
-        start.source, _agree, first=int(os.environ.get("LOCAL_RANK", "0")) == 0
-    )
-    error = ""
-    read = 0
+    A preference training calls it again for the reference model, which is always the one that
+    ``load`` names.
+    """
+    is_reference = bool(_loaded_models)
+    _loaded_models.append(model)
+    start, error = loading.Start(), ""
     try:
-        read = loading.load_into(
+        start = loading.start_of(neox_args.load, neox_args.save)
+    except (BridgeError, OSError) as problem:
+        error = str(problem)
+    _raise_first(_gather(error))
+    if len({*_gather(f"{start.source}\n{start.resumed}")}) > 1:
+        raise BridgeError(_not_shared(f"load: {neox_args.load}, or save: {neox_args.save}"))
+    if not start.source:
+        return original(neox_args, model, *args, **kwargs)
+    if start.note:
+        say(start.note)
+    if start.resumed and not is_reference:
+        with _resuming(neox_args, start.resumed):
+            return original(neox_args, model, *args, **kwargs)
+    _start(start.source, neox_args, model)
+    return 0
+
+
+@contextmanager
+def _resuming(neox_args: Any, folder: str) -> Iterator[None]:
+    """Load the run's own checkpoint, with its optimizer, as the yml would say after a crash."""
+    changed = {"load": folder, "finetune": False}
+    before = {name: getattr(neox_args, name) for name in changed}
+    for name, value in changed.items():
+        setattr(neox_args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(neox_args, name, value)
+
+
+def _start(source: str, neox_args: Any, model: Any) -> None:
+    """Load the weights of a Hugging Face model. Raises BridgeError on every rank if one fails."""
+    mpu = importlib.import_module("megatron.mpu")
+    checkpoint = loading.open_for_run(
+        source, _gather, rank=_rank(), local_rank=int(os.environ.get("LOCAL_RANK", "0"))
+    )
+    error, size = "", 0
+    try:
+        size = loading.load_into(
             checkpoint,
             vars(neox_args),
             _tree(),
@@ -83,54 +121,84 @@ def _loading(
         )
     except (BridgeError, OSError) as problem:
         error = str(problem)
-    if errors := [text for text in _agree(error) if text]:
-        raise BridgeError(errors[0])
+    _raise_first(_gather(error))
     if hasattr(model.module, "_synchronize_tied_weights"):
         model.module._synchronize_tied_weights()
     if hasattr(model.optimizer, "refresh_fp32_params"):
-        model.optimizer.refresh_fp32_params()  # the masters begin as the weights
-    say(f"started from {start.source} ({read:,} bytes on rank 0)")
-    return 0
+        model.optimizer.refresh_fp32_params()  # the master weights of ZeRO, fp16 and bf16
+    say(f"started from {source}: rank 0 read {size:,} bytes")
 
 
-def _setting_up(original: Callable[..., Any], neox_args: Any, *rest: Any, **named: Any) -> Any:
+def _setup_model_and_optimizer(
+    original: Callable[..., Any], neox_args: Any, *args: Any, **kwargs: Any
+) -> Any:
     """``setup_model_and_optimizer``, which also starts the process that exports saved steps."""
+    _loaded_models.clear()
     exports = exports_of(vars(neox_args))
     if exports is not None:
-        _check_shared(exports)
-        if _rank() == 0:
-            _EXPORTERS[:] = [Exporter(exports)]
-            _EXPORTERS[0].start()
-    return original(neox_args, *rest, **named)
+        _check_shared(exports.save)
+    result = original(neox_args, *args, **kwargs)
+    if exports is not None:
+        _raise_first(_gather(_start_exporter(exports)))
+    return result
 
 
-def _saving(
-    original: Callable[..., Any], neox_args: Any, iteration: int, *rest: Any, **named: Any
+def _start_exporter(exports: Exports) -> str:
+    """Start the process that exports, on rank 0. Returns the error, or ""."""
+    if _rank() != 0:
+        return ""
+    exporter = ExporterProcess(exports)
+    try:
+        exporter.start()
+    except OSError as problem:
+        return f"save_hf: {exports.target} cannot be written: {problem}"
+    _exporters[:] = [exporter]
+    return ""
+
+
+def _save_checkpoint(
+    original: Callable[..., Any], neox_args: Any, iteration: int, *args: Any, **kwargs: Any
 ) -> Any:
     """``save_checkpoint``, after which rank 0 tells the exporter that the step is complete."""
-    result = original(neox_args, iteration, *rest, **named)
-    for exporter in _EXPORTERS:
+    result = original(neox_args, iteration, *args, **kwargs)
+    for exporter in _exporters:
         exporter.saved(iteration)
     return result
 
 
-def _check_shared(exports: Exports) -> None:
-    """Raise BridgeError unless all nodes write into the same ``save``."""
-    os.makedirs(exports.save, exist_ok=True)
-    probe = os.path.join(exports.save, f".neox_bridge_{os.environ.get('MASTER_PORT', '')}")
+def _pretrain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``pretrain``. Rank 0 waits for the last exports, which the end of a job would kill."""
+    result = original(*args, **kwargs)
+    for exporter in _exporters:
+        say("waiting for the exports of the last steps")
+        exporter.finish()
+    return result
+
+
+def _check_shared(save: str) -> None:
+    """Raise BridgeError unless all nodes see the same ``save``."""
+    name = _gather(f".neox_bridge_{uuid.uuid4().hex}")[0]  # never the one that a node remembers
+    probe = os.path.join(save, name)
+    error = ""
     if _rank() == 0:
-        with open(probe, "w", encoding="ascii"):
-            pass
-    _agree("")
-    there = os.path.exists(probe)
-    errors = _agree("" if there else f"save: {exports.save} is not the same folder on all nodes")
+        try:
+            os.makedirs(save, exist_ok=True)
+            with open(probe, "w", encoding="ascii"):
+                pass
+        except OSError as problem:
+            error = f"save: {save} cannot be written: {problem}"
+    _raise_first(_gather(error))
+    errors = _gather("" if os.path.exists(probe) else _not_shared(f"save: {save}"))
     if _rank() == 0:
         os.unlink(probe)
-    if problems := [error for error in errors if error]:
-        raise BridgeError(
-            f"{problems[0]}, so its steps cannot be exported (save_hf). Use a file system that all "
-            "nodes share."
-        )
+    _raise_first(errors)
+
+
+def _not_shared(folder: str) -> str:
+    return (
+        f"{folder} is not the same folder on all nodes, so its steps are not complete on any of "
+        "them. Use a folder on a file system that all nodes share."
+    )
 
 
 def _parts(module: Any) -> Iterator[loading.Part]:
@@ -152,15 +220,21 @@ def _tree() -> str:
     return os.path.dirname(folder)
 
 
-def _agree(error: str) -> list[str]:
-    """The errors of all ranks."""
+def _gather(text: str) -> list[str]:
+    """The texts of all ranks, in their order."""
     import torch
 
     if not torch.distributed.is_initialized():
-        return [error]
-    errors: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
-    return errors
+        return [text]
+    texts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return texts
+
+
+def _raise_first(errors: Iterable[str]) -> None:
+    """Raise BridgeError with the first error that is not ""."""
+    if error := next((text for text in errors if text), ""):
+        raise BridgeError(error)
 
 
 def _rank() -> int:

@@ -22,8 +22,8 @@ from neox_bridge.layouts.file_names import STEP, layer_file, rank_file
 from neox_bridge.layouts.open import detect
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
-from neox_bridge.stores.folder import is_hub
-from neox_bridge.stores.hub_names import model_id
+from neox_bridge.stores.folder import HUB, is_hub
+from neox_bridge.stores.hub_names import hub_target, model_id
 from neox_bridge.tensors.pieces import OutputTensor
 from neox_bridge.wording import some
 
@@ -47,12 +47,16 @@ class Start:
     """Where a run starts from.
 
     Attributes:
-        source: The Hugging Face model; "" if GPT-NeoX loads a checkpoint of its own.
-        resumed: The folder of the run's own checkpoints, if it goes on from there.
+        source: The Hugging Face model: a folder, or ``hf://ORG/NAME@REVISION``; "" if GPT-NeoX
+            loads a checkpoint of its own.
+        resumed: The folder of the run's own checkpoints if the run resumes; then ``source`` is
+            only the reference model of a preference training.
+        note: What the user should know about the choice, or "".
     """
 
     source: str = ""
     resumed: str = ""
+    note: str = ""
 
 
 def start_of(load: str | None, save: str | None) -> Start:
@@ -60,33 +64,49 @@ def start_of(load: str | None, save: str | None) -> Start:
 
     Raises BridgeError if a run would start at step 0 in a folder that has steps.
     """
-    if not load or not is_hf_source(load):
+    source, note = _hf_source(load or "", save or "")
+    if not source:
         return Start()
-    if save and os.path.isdir(save):
-        if os.path.exists(os.path.join(save, _LATEST)):
-            return Start(resumed=save)
-        if steps := sorted(name for name in os.listdir(save) if STEP.fullmatch(name)):
+    if not save or not os.path.isdir(save):
+        return Start(source, note=note)
+    latest = os.path.join(save, _LATEST)
+    if os.path.exists(latest):
+        with open(latest, encoding="utf-8") as file:
+            step = file.read().strip()
+        if not os.path.isdir(os.path.join(save, step)):
             raise BridgeError(
-                f"save: {save} contains {some(steps, 3)} but no file `{_LATEST}`, so the run "
-                f"would start again from {load} and write over them. Name another folder with "
-                f"`save`, or write the name of the step to go on from into "
-                f"{os.path.join(save, _LATEST)}."
+                f"{latest} names {step}, which is missing, so the run cannot resume. Write the "
+                f"name of an existing step into {latest}, or set `save` to another folder."
             )
-    return Start(source=load)
+        return Start(source, save, f"resuming from {step} in {save}, not starting from {load}")
+    if steps := sorted(name for name in os.listdir(save) if STEP.fullmatch(name)):
+        raise BridgeError(
+            f"save: {save} contains {some(steps, 3)} but no file `{_LATEST}`, so the run would "
+            f"start again from {load} and replace these steps. Set `save` to another folder. To "
+            f"resume, write the name of a step into {latest}."
+        )
+    return Start(source, note=note)
 
 
-def is_hf_source(load: str) -> bool:
-    """Whether ``load`` names a Hugging Face model. An existing local folder wins over a Hub name.
+def _hf_source(load: str, save: str) -> tuple[str, str]:
+    """The Hugging Face model that ``load`` names, with a note; "" for what GPT-NeoX loads itself.
 
-    A folder that does not exist and could be no name on the Hub is left to GPT-NeoX.
+    An existing folder wins over a model of that name on the Hub. A name that is also ``save`` is
+    the folder of a run that has not saved yet.
     """
     if is_hub(load):
-        return True
+        return load, ""
+    is_name = model_id(load) is not None and not load.startswith((".", "/", "~"))
     if os.path.isdir(load):
-        if os.path.exists(os.path.join(load, _LATEST)):
-            return False
-        return os.path.exists(os.path.join(load, "config.json")) and detect(load) == "hf"
-    return model_id(load) is not None and not load.startswith((".", "/", "~"))
+        is_hf = os.path.exists(os.path.join(load, "config.json")) and detect(load) == "hf"
+        if not is_hf or os.path.exists(os.path.join(load, _LATEST)):
+            return "", ""
+        folder = os.path.abspath(load)
+        note = f"load: the local folder {folder} is used, not {HUB}{load} on the Hub"
+        return folder, note if is_name else ""
+    if not is_name or (save and os.path.abspath(load) == os.path.abspath(save)):
+        return "", ""
+    return f"{HUB}{load}", ""
 
 
 def plan_for(checkpoint: Checkpoint, settings: Mapping[str, Any], tree: str) -> Plan:
@@ -101,15 +121,17 @@ def plan_for(checkpoint: Checkpoint, settings: Mapping[str, Any], tree: str) -> 
         Refused: GPT-NeoX cannot run the model, or a setting of the yml makes another model of it.
             The message names each key with both values.
     """
+    _check_training(checkpoint, settings)
     stages = int(settings.get("pipe_parallel_size") or 0)
     ranks = int(settings.get("model_parallel_size") or 1)
     rows = int(settings["padded_vocab_size"])
     needed = checkpoint.vocab_rows
     if needed > rows:
         raise Refused(
-            f"{checkpoint.path}: the model has {needed:,} rows of the vocabulary, but the yml and "
-            f"its tokenizer make {rows:,} (padded_vocab_size). Use the tokenizer of the model: "
-            f"vocab_file, and tokenizer_type: HFTokenizer. Or raise make_vocab_size_divisible_by."
+            f"The embedding of {checkpoint.path} has {needed:,} rows, but the tokenizer and "
+            f"make_vocab_size_divisible_by of the yml make {rows:,}. Use the tokenizer "
+            f"of the model (vocab_file, with tokenizer_type: HFTokenizer), or a larger "
+            f"make_vocab_size_divisible_by."
         )
     options = Options(
         to="neox",
@@ -124,6 +146,24 @@ def plan_for(checkpoint: Checkpoint, settings: Mapping[str, Any], tree: str) -> 
     return conversion
 
 
+def _check_training(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    """Raise Refused for kinds of training that cannot start from this model."""
+    zero = settings.get("zero_optimization") or {}
+    if isinstance(zero, Mapping) and int(zero.get("stage") or 0) > 2:
+        raise Refused(
+            "zero_optimization: stage 3 splits every parameter among the ranks, so a run cannot "
+            "start from a Hugging Face model with it. Use stage 0, 1 or 2."
+        )
+    wants_reward = settings.get("train_impl") == "rm"
+    if wants_reward != bool(checkpoint.config.reward):
+        kind = "a reward model" if checkpoint.config.reward else "a language model"
+        other = "train_impl: rm" if wants_reward else f"train_impl: {settings.get('train_impl')}"
+        raise Refused(
+            f"{checkpoint.path} is {kind}, but the yml says {other}. Load a model with the same "
+            "kind of output layer, or change train_impl."
+        )
+
+
 def _check_settings(conversion: Plan, settings: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise Refused if a key of the yml differs from what the model needs."""
     (literal,) = (
@@ -131,29 +171,32 @@ def _check_settings(conversion: Plan, settings: Mapping[str, Any], checkpoint: C
         for file in conversion.files
         if file.path.endswith("configs/neox_bridge.yml")
     )
-    wanted = yaml.safe_load(literal)
-    differing = []
-    for key in conversion.fixed:
-        name = key.replace("-", "_")
-        if key not in wanted or name in _FREE or name not in settings:
-            continue
-        if not _same(name, wanted[key], settings[name]):
-            differing.append(f"{key}: {settings[name]!r} in the yml, {wanted[key]!r} in the model")
+    needed = {key.replace("-", "_"): value for key, value in yaml.safe_load(literal).items()}
+    # a position's row is a weight only then
+    free = _FREE - ({"max_position_embeddings"} if needed.get("pos_emb") == "learned" else set())
+    differing = [
+        f"{name}: {settings[name]!r} in the yml, {needed[name]!r} in the model"
+        for name in (key.replace("-", "_") for key in conversion.fixed)
+        if name in needed
+        and name in settings
+        and name not in free
+        and not _same(name, needed[name], settings[name])
+    ]
     if differing:
         raise Refused(
             f"The yml describes another model than {os.path.join(checkpoint.path, 'config.json')}. "
-            f"{'; '.join(differing)}. Correct these keys in the yml."
+            f"{'; '.join(differing)}. Change these keys in the yml."
         )
 
 
-def _same(name: str, wanted: object, value: object) -> bool:
-    if isinstance(wanted, bool) or isinstance(value, bool):
-        return bool(wanted) == bool(value)
-    if isinstance(wanted, int | float) and isinstance(value, int | float):
-        return float(wanted) == float(value)
+def _same(name: str, needed: object, value: object) -> bool:
+    if isinstance(needed, bool) or isinstance(value, bool):
+        return bool(needed) == bool(value)
+    if isinstance(needed, int | float) and isinstance(value, int | float):
+        return float(needed) == float(value)
     if name == "attention_config":
-        return _expanded(wanted) == _expanded(value)
-    return wanted == value
+        return _expanded(needed) == _expanded(value)
+    return needed == value
 
 
 def _expanded(config: object) -> object:
@@ -170,7 +213,8 @@ def _expanded(config: object) -> object:
     return layers
 
 
-def _named(conversion: Plan, name: str) -> dict[str, OutputTensor]:
+def _tensors_of(conversion: Plan, name: str) -> dict[str, OutputTensor]:
+    """The tensors of a file of the plan, by their names."""
     (file,) = (file for file in conversion.files if os.path.basename(file.path) == name)
     return {tensor.name: tensor for tensor in file.tensors}
 
@@ -184,17 +228,17 @@ def fill(parameter: "torch.Tensor", tensor: OutputTensor, context: Context) -> N
 
     if tuple(parameter.shape) != tensor.shape:
         raise BridgeError(
-            f"{tensor.name} has the shape {list(tensor.shape)} in the model and "
-            f"{list(parameter.shape)} in GPT-NeoX. This is a bug of neox-bridge: please report it."
+            f"{tensor.name} has the shape {list(tensor.shape)} in the model, but "
+            f"{list(parameter.shape)} in GPT-NeoX. Check the yml against config.json of the model."
         )
     flat = parameter.detach().view(-1)
-    at = 0
+    start = 0
     with torch.no_grad():
         for block in blocks(tensor, context):
             values = _to_torch(block)
-            flat[at : at + values.numel()].copy_(values)
-            at += values.numel()
-    assert at == prod(tensor.shape)
+            flat[start : start + values.numel()].copy_(values)
+            start += values.numel()
+    assert start == prod(tensor.shape)
 
 
 def _to_torch(block: Any) -> "torch.Tensor":
@@ -208,29 +252,57 @@ def _to_torch(block: Any) -> "torch.Tensor":
     return torch.from_numpy(flat.copy() if not flat.flags.writeable else flat)
 
 
-def open_for_run(source: str, agree: "Callable[[str], list[str]]", *, first: bool) -> Checkpoint:
-    """Open a model on every rank. The first rank of each node downloads it.
+def open_for_run(
+    source: str, exchange: Callable[[str], list[str]], *, rank: int, local_rank: int
+) -> Checkpoint:
+    """Open a model on every rank. The first rank of each node downloads it from the Hub.
+
+    All ranks read the commit that rank 0 saw, even if the branch moves in the meantime.
 
     Args:
-        source: The ``load`` of the yml.
-        agree: Tells all ranks an error ("" if there is none), and returns those of all.
-        first: Whether this is the first rank of its node.
+        source: The source of a ``Start``.
+        exchange: Gathers a text from every rank, in the order of ranks.
 
     Raises:
-        BridgeError: A rank of any node cannot open the model.
+        BridgeError: A rank cannot open the model. Every rank raises it.
     """
-    checkpoint = None
-    for turn in (True, False):
+    turn = 0 if rank == 0 else 1 if local_rank == 0 else 2
+    checkpoint: Checkpoint | None = None
+    for now in range(3):
         error = ""
-        if first is turn:
+        if turn == now:
             try:
-                checkpoint = open_checkpoint(source)
+                checkpoint = _open(source)
             except (BridgeError, OSError) as problem:
                 error = str(problem)
-        if errors := [text for text in agree(error) if text]:
+        if errors := [text for text in exchange(error) if text]:
             raise BridgeError(errors[0])
+        if now == 0 and is_hub(source):
+            commit = exchange(os.path.basename(checkpoint.path) if checkpoint else "")[0]
+            source = f"{source.partition('@')[0]}@{commit}"
     assert checkpoint is not None
     return checkpoint
+
+
+def _open(source: str) -> Checkpoint:
+    if not is_hub(source):
+        return open_checkpoint(source)
+    from neox_bridge.layouts.hub_source import find_source
+
+    model = hub_target(source)
+    try:
+        place = find_source(model.repo, model.branch)  # downloads it, unless it is in the cache
+    except BridgeError as error:
+        raise BridgeError(
+            f"load: there is no folder {model.repo}, and the model cannot be read from the Hub: "
+            f"{error}"
+        ) from None
+    if is_hub(place.path):
+        raise BridgeError(
+            f"load: {source} contains checkpoints of GPT-NeoX, which GPT-NeoX loads from a folder "
+            f"only. Download it: hf download {model.repo} --revision {model.branch}"
+        )
+    return open_checkpoint(place.path)
 
 
 def load_into(
@@ -252,7 +324,7 @@ def load_into(
             name = rank_file(rank) if part.layer is None else layer_file(part.layer, rank)
             tensors = {
                 key: tensor
-                for key, tensor in _named(conversion, name).items()
+                for key, tensor in _tensors_of(conversion, name).items()
                 if part.layer is not None or key.startswith(_WHOLE)  # not random states
             }
             _check_names(part, set(tensors), name)
@@ -276,13 +348,14 @@ class Part:
 
 
 def _check_names(part: Part, planned: set[str], name: str) -> None:
-    own = set(part.parameters)
-    if own == planned:
+    expected = set(part.parameters)
+    if expected == planned:
         return
-    missing, extra = sorted(own - planned), sorted(planned - own)
+    missing, unexpected = sorted(expected - planned), sorted(planned - expected)
     words = [f"missing: {some(missing, 3)}"] if missing else []
-    words += [f"unexpected: {some(extra, 3)}"] if extra else []
+    words += [f"unexpected: {some(unexpected, 3)}"] if unexpected else []
     raise BridgeError(
-        f"The model has not the tensors that GPT-NeoX expects in {name}: {'; '.join(words)}. Check "
-        "the settings of the MLP, the biases and the output layer in the yml."
+        f"The model does not have the tensors that GPT-NeoX expects in {name}. "
+        f"{'; '.join(words)}. Check the settings of the MLP, the biases and the output layer in "
+        "the yml."
     )

@@ -1,0 +1,75 @@
+"""Patches train.py and deepy.py of a GPT-NeoX tree to import ``neox_bridge.neox``.
+
+The import is the first statement: it wraps functions that train.py imports by name, and registers
+keys before the launcher checks the yml.
+"""
+
+import ast
+import os
+
+from neox_bridge.errors import Refused
+from neox_bridge.patch.patcher import FilePatch, Patch, has_patch, read, tree_root
+from neox_bridge.patch.places import KEPT, TRAIN_SCRIPTS, Change
+from neox_bridge.patch.scripts import first_statement_line
+
+IMPORT = """\
+# neox-bridge put this here: runs start from Hugging Face models (load) and export them
+# (save_hf). `neox-bridge patch --revert` takes it out again.
+try:
+    import neox_bridge.neox
+except ModuleNotFoundError as error:
+    if error.name != "neox_bridge":
+        raise
+    raise SystemExit(
+        "neox-bridge: this script is patched to load and save Hugging Face models, and "
+        "neox-bridge is not installed in this Python. Install it: pip install neox-bridge. "
+        "Or restore the script: neox-bridge patch --revert."
+    )
+
+"""
+_CALLS = {"train.py": "pretrain", "deepy.py": "consume_deepy_args"}  # what a known form contains
+
+
+def plan_train(tree: str | os.PathLike[str]) -> Patch:
+    """Plan the patch of train.py and deepy.py; no files if both are patched. Writes nothing.
+
+    Raises Refused if a script is missing or has an unknown form.
+    """
+    root = tree_root(tree)
+    patches = []
+    for name in TRAIN_SCRIPTS:
+        source = read(root / name)
+        if source is None or _CALLS[name].encode() not in source:
+            raise Refused(
+                f"{root / name} is missing or does not call {_CALLS[name]}, so nothing was "
+                "patched. Add `import neox_bridge.neox` as the first line of your own scripts that "
+                "launch and train."
+            )
+        if (root / name).is_symlink():
+            raise Refused(f"{root / name} is a link. Patch the tree that contains the file.")
+        if has_patch(source):
+            if IMPORT.encode() not in source.replace(b"\r\n", b"\n"):
+                raise Refused(
+                    f"{name} contains a part of the patch, or the patch of another version of "
+                    f"neox-bridge. Revert the patch, or restore the script from {KEPT}. Then run "
+                    "the command again."
+                )
+            continue
+        patches.append(_patched(name, source))
+    return Patch(str(root), tuple(patches))
+
+
+def _patched(name: str, source: bytes) -> FilePatch:
+    try:
+        module = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise Refused(f"{name} cannot be parsed ({reason}); nothing was patched.") from None
+    line = first_statement_line(module)
+    lines = source.splitlines(keepends=True)
+    newline = "\r\n" if b"\r\n" in source else "\n"
+    text = IMPORT.replace("\n", newline).encode()
+    new = b"".join([*lines[:line], text, *lines[line:]])
+    compile(new, name, "exec", dont_inherit=True)
+    what = "load and save_hf accept Hugging Face models (import neox_bridge.neox)"
+    return FilePatch(name, source, new, (Change(line + 1, what),))
