@@ -140,7 +140,7 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
     "mlp.linear2.weight": ("hidden", "ffn"),
 }
 _NORM_EPSILON = {"rmsnorm": ("rms_norm_epsilon", 1e-8), "scalenorm": ("scalenorm_epsilon", 1e-8)}
-_MODEL_KEYS = (
+MODEL_KEYS = (
     GPT_NEOX.model_keys
     | LLAMA.model_keys
     | MAMBA.model_keys
@@ -224,7 +224,7 @@ def neox_only(
         refuse_hf_source=lambda _raw: [],
         refuse_neox_source=partial(_refuse_neox_source, model, fixed),
         matches_neox=lambda _raw: True,
-        model_keys=_MODEL_KEYS,
+        model_keys=MODEL_KEYS,
         era_keys=ERA_KEYS,
         gated=model.gated,
         norm=raw.get("norm") or "layernorm",

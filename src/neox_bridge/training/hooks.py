@@ -4,6 +4,7 @@ Checked with the trees of 2024-03, 2024-09, 2024-10 and today (megatron/training
 ``setup_model_and_optimizer``; megatron/checkpointing.py).
 """
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -114,8 +115,7 @@ def _start(source: str, neox_args: Any, model: Any) -> None:
     try:
         size = loading.load_into(
             checkpoint,
-            vars(neox_args),
-            _tree(),
+            loading.Run(vars(neox_args), _defaults(neox_args), _tree()),
             _parts(model.module),
             mpu.get_model_parallel_rank(),
         )
@@ -211,6 +211,10 @@ def _parts(module: Any) -> Iterator[loading.Part]:
             values = layer.state_dict()
             if values:
                 yield loading.Part(number + module._local_start, values)
+
+
+def _defaults(neox_args: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(neox_args)}
 
 
 def _tree() -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from neox_bridge.architectures.neox_only import MODEL_KEYS
 from neox_bridge.conversion import open_checkpoint, plan
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.context import Context
@@ -32,14 +33,24 @@ if TYPE_CHECKING:
 
 _LATEST = "latest"
 _WHOLE = "sequential."  # before the names in the state dict of a model without stages
-# settings whose values differ without changing the model
+# settings that may differ: they change no weight and nothing that the model computes
 _FREE = frozenset(
     {
         *("seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
         *("hidden_dropout", "attention_dropout", "init_method", "output_layer_init_method"),
         *("pipe_parallel_size", "model_parallel_size", "precision", "rotary_save_freqs_buffer"),
+        "rmsnorm_fusion",
     }
 )
+# GPT-NeoX computes the width of the MLP if they are missing; the shapes are compared in any case
+_WIDTH_KEYS = frozenset({"intermediate_size", "mlp_multiple_of", "expansion_factor"})
+_EPSILON_KEYS = {
+    "layernorm": "layernorm_epsilon",
+    "non_parametric_layernorm": "layernorm_epsilon",
+    "rmsnorm": "rms_norm_epsilon",
+    "scalenorm": "scalenorm_epsilon",
+}
+_SAME_ATTENTION = frozenset({"flash", "ring"})  # other implementations of "global"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +120,29 @@ def _hf_source(load: str, save: str) -> tuple[str, str]:
     return f"{HUB}{load}", ""
 
 
-def plan_for(checkpoint: Checkpoint, settings: Mapping[str, Any], tree: str) -> Plan:
-    """The conversion of a model for a run with these settings.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is known about a run of GPT-NeoX.
 
-    Args:
-        checkpoint: The Hugging Face model.
-        settings: The attributes of the run's ``NeoXArgs``.
+    Attributes:
+        settings: The attributes of its ``NeoXArgs``.
+        defaults: The defaults of ``NeoXArgs``.
         tree: The source tree of GPT-NeoX.
+    """
+
+    settings: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    tree: str
+
+
+def plan_for(checkpoint: Checkpoint, run: Run) -> Plan:
+    """The conversion of a Hugging Face model for a run.
 
     Raises:
         Refused: GPT-NeoX cannot run the model, or a setting of the yml makes another model of it.
             The message names each key with both values.
     """
+    settings = run.settings
     _check_training(checkpoint, settings)
     stages = int(settings.get("pipe_parallel_size") or 0)
     ranks = int(settings.get("model_parallel_size") or 1)
@@ -135,14 +157,14 @@ def plan_for(checkpoint: Checkpoint, settings: Mapping[str, Any], tree: str) -> 
         )
     options = Options(
         to="neox",
-        era=read_tree(tree),
+        era=read_tree(run.tree),
         tp=ranks,
         pp=stages,
         layout="layers" if stages else "ranks",
         vocab_multiple=rows // ranks,
     )
     conversion = plan(checkpoint, options, "/")
-    _check_settings(conversion, settings, checkpoint)
+    _check_settings(conversion, run, checkpoint)
     return conversion
 
 
@@ -164,23 +186,23 @@ def _check_training(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None
         )
 
 
-def _check_settings(conversion: Plan, settings: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Raise Refused if a key of the yml differs from what the model needs."""
+def _check_settings(conversion: Plan, run: Run, checkpoint: Checkpoint) -> None:
+    """Raise Refused if a key of the yml differs from what the model needs.
+
+    The planned yml leaves out keys whose default is right.
+    """
     (literal,) = (
         file.literals[0][1]
         for file in conversion.files
         if file.path.endswith("configs/neox_bridge.yml")
     )
-    needed = {key.replace("-", "_"): value for key, value in yaml.safe_load(literal).items()}
-    # a position's row is a weight only then
-    free = _FREE - ({"max_position_embeddings"} if needed.get("pos_emb") == "learned" else set())
+    planned = {key.replace("-", "_"): value for key, value in yaml.safe_load(literal).items()}
+    names = {key.replace("-", "_") for key in conversion.fixed} & set(planned) | MODEL_KEYS
+    needed = {**{name: run.defaults.get(name) for name in names}, **planned}
     differing = [
-        f"{name}: {settings[name]!r} in the yml, {needed[name]!r} in the model"
-        for name in (key.replace("-", "_") for key in conversion.fixed)
-        if name in needed
-        and name in settings
-        and name not in free
-        and not _same(name, needed[name], settings[name])
+        f"{name}: {run.settings[name]!r} in the yml, {needed[name]!r} in the model"
+        for name in sorted(names - _free_keys(needed))
+        if name in run.settings and not _same(name, needed, run.settings)
     ]
     if differing:
         raise Refused(
@@ -189,28 +211,48 @@ def _check_settings(conversion: Plan, settings: Mapping[str, Any], checkpoint: C
         )
 
 
-def _same(name: str, needed: object, value: object) -> bool:
-    if isinstance(needed, bool) or isinstance(value, bool):
-        return bool(needed) == bool(value)
-    if isinstance(needed, int | float) and isinstance(value, int | float):
-        return float(needed) == float(value)
+def _free_keys(needed: Mapping[str, Any]) -> frozenset[str]:
+    """The settings that may differ, because this model does not use them either."""
+    free = set(_FREE)
+    if needed.get("pos_emb") == "learned":  # each position has a row of weights
+        free.discard("max_position_embeddings")
+    if needed.get("pos_emb") != "rotary":
+        free |= {"rotary_pct", "rotary_emb_base"}
+    if needed.get("activation") != "gelu":
+        free.add("bias_gelu_fusion")
+    epsilon = _EPSILON_KEYS.get(str(needed.get("norm")))
+    return frozenset(free | ({*_EPSILON_KEYS.values()} - {epsilon}))
+
+
+def _same(name: str, needed: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    expected: Any = needed[name]
+    value: Any = settings[name]
     if name == "attention_config":
-        return _expanded(needed) == _expanded(value)
-    return needed == value
+        layers = int(settings["num_layers"])
+        return _attention(expected, layers) == _attention(value, layers)
+    if name == "num_kv_heads":
+        heads = settings["num_attention_heads"]
+        return bool((expected or heads) == (value or heads))
+    if name in _WIDTH_KEYS and None in (expected, value):
+        return True
+    if isinstance(expected, bool) or isinstance(value, bool):
+        return bool(expected) == bool(value)
+    if isinstance(expected, int | float) and isinstance(value, int | float):
+        return float(expected) == float(value)
+    return bool(expected == value)
 
 
-def _expanded(config: object) -> object:
-    """``[[["global"], 4]]`` as one word for each layer, as GPT-NeoX expands it."""
-    if not isinstance(config, list):
-        return config
-    layers: list[object] = []
-    for entry in config:
-        if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], int):
-            words = list(entry[0])
-            layers += words * entry[1]
-        else:
-            layers.append(entry)
-    return layers
+def _attention(config: Any, layers: int) -> list[str]:
+    """One word for each layer, as GPT-NeoX expands ``[[["global"], 4]]``."""
+    words: list[str] = []
+    for entry in config or ["global"] * layers:
+        if isinstance(entry, str):
+            words.append(entry)
+            continue
+        kinds, count = entry
+        count = layers if count == "all" else int(count)
+        words += [kinds[n % len(kinds)] for n in range(count)] if count == layers else kinds * count
+    return ["global" if word in _SAME_ATTENTION else word for word in words]
 
 
 def _tensors_of(conversion: Plan, name: str) -> dict[str, OutputTensor]:
@@ -305,18 +347,12 @@ def _open(source: str) -> Checkpoint:
     return open_checkpoint(place.path)
 
 
-def load_into(
-    checkpoint: Checkpoint,
-    settings: Mapping[str, Any],
-    tree: str,
-    parts: "Iterable[Part]",
-    rank: int,
-) -> int:
+def load_into(checkpoint: Checkpoint, run: Run, parts: "Iterable[Part]", rank: int) -> int:
     """Fill the parameters of this rank, and return their bytes in the source's dtype.
 
-    rank: the tensor-parallel rank. The others are as in ``plan_for``.
+    rank: the tensor-parallel rank.
     """
-    conversion = plan_for(checkpoint, settings, tree)
+    conversion = plan_for(checkpoint, run)
     context = Context()
     filled = 0
     try:

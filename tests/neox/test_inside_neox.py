@@ -1,0 +1,306 @@
+"""Runs of the real GPT-NeoX that start from Hugging Face models and export their steps."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import real_neox
+import torch
+import yaml
+from checkpoint_edits import tokenizer
+from common import TESTS, convert, make_hf
+from real_training import PRECISION
+
+from neox_bridge import verify
+from neox_bridge.training.exporter import JOURNAL, LOG
+
+pytestmark = pytest.mark.neox
+
+# of neox-bridge, beyond what GPT-NeoX's environment has
+PACKAGES = {"ml_dtypes": "ml_dtypes", "xxhash": "xxhash", "click": "click", "zlib_ng": "zlib-ng"}
+GROUPS = [[(1, 0), (1, 1)], [(2, 0), (2, 1)], [(1, 2)], [(2, 2)]]  # layouts of one start each
+TREES = sorted(real_neox.ALL_TREES)
+
+
+@pytest.fixture(scope="session")
+def packages(neox_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the packages that neox-bridge needs in the Python of GPT-NeoX."""
+    code = f"import {', '.join(PACKAGES)}"
+    if subprocess.run([neox_python, "-c", code], capture_output=True).returncode == 0:
+        return ""
+    folder = str(tmp_path_factory.mktemp("packages"))
+    command = [neox_python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+    done = subprocess.run([*command, *PACKAGES.values()], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{' '.join(PACKAGES.values())} cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@pytest.fixture
+def inside(packages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of GPT-NeoX import ``neox_bridge.neox``, as a patched train.py does."""
+    paths = [str(TESTS.parent / "src"), *([packages] if packages else [])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("RUN_CPU_IMPORTS", "neox_bridge.neox")
+
+
+@pytest.fixture(params=["gpt_neox", "llama"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    hf = make_hf(tmp_path / "hf", torch.float32, family=request.param)
+    tokenizer(hf / "tokenizer.json")
+    return hf
+
+
+def yml_of(hf: Path, tree: str, tp: int, pp: int, folder: Path, **changed: Any) -> Path:
+    """The yml of a run that starts from a model, with the settings that a conversion writes."""
+    convert(hf, folder, tp=tp, pp=pp, era=real_neox.era(tree))
+    settings = yaml.safe_load((folder / "finetune.yml").read_text())
+    shutil.rmtree(folder)
+    settings = {k: v for k, v in settings.items() if k not in ("save", "finetune")}
+    path = folder.with_suffix(".yml")
+    path.write_text(yaml.safe_dump({**settings, "load": str(hf), **changed}))
+    return path
+
+
+def run(python: str, tree: str, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[Any]:
+    results = real_neox.results(python, real_neox.ALL_TREES[tree], ranks, jobs, folder)
+    assert [result["error"] for result in results] == [None] * len(jobs)
+    return results
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_the_logits_at_step_0_are_those_of_transformers(
+    tree: str,
+    group: list[tuple[int, int]],
+    model: Path,
+    neox_python: str,
+    inside: None,
+    tmp_path: Path,
+) -> None:
+    """With two stages, no rank has logits: what GPT-NeoX saves has the model's bits."""
+    real_neox.tree_of(tree)
+    jobs = []
+    for tp, pp in group:
+        name = f"tp{tp}-pp{pp}"
+        job = {"yml": str(yml_of(model, tree, tp, pp, tmp_path / name)), "logits": None}
+        if pp < 2:
+            job["logits"] = str(tmp_path / f"{name}.npz")
+        jobs.append({**job, "save": str(tmp_path / f"{name}-saved")})
+    tp, pp = group[0]
+    run(neox_python, tree, tp * max(pp, 1), jobs, tmp_path)
+    for job in jobs:
+        if job["logits"]:
+            assert real_neox.agree(Path(str(job["logits"])), model) < 1e-5
+        assert verify(str(model), str(job["save"])).holds
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", PRECISION)
+def test_the_master_weights_are_those_of_the_model(
+    precision: str, stage: int, neox_python: str, inside: None, tmp_path: Path
+) -> None:
+    """With two data-parallel ranks. A run with ``finetune`` starts in the same way."""
+    if stage == 0 and precision != "fp32":
+        pytest.skip("without pipeline stages, GPT-NeoX trains at stage 0 in fp32 only")
+    hf = make_hf(tmp_path / "hf", torch.float32)
+    tokenizer(hf / "tokenizer.json")
+    zero = {"zero_optimization": {"stage": stage}, **PRECISION[precision]}
+    yml = yml_of(hf, "today", 1, 0, tmp_path / "neox", **zero)
+    if precision == "fp16":
+        settings = yaml.safe_load(yml.read_text())
+        del settings["precision"]
+        yml.write_text(yaml.safe_dump(settings))
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    convert(hf, tmp_path / "cast", dtype=dtype, layout="ranks", era=real_neox.era("today"))
+    (path,) = (tmp_path / "cast").glob("global_step*/mp_rank_00_model_states.pt")
+    expected = torch.load(path, weights_only=False)["module"]
+    jobs = []
+    for finetune in (False, True):
+        job = {"yml": str(yml), "set": {"finetune": finetune}, "losses": 0}
+        job["save"] = str(tmp_path / f"saved-{finetune}")
+        jobs.append(job)
+        if stage:
+            jobs[-1]["optimizer"] = str(tmp_path / f"masters-{finetune}")
+    run(neox_python, "today", 2, jobs, tmp_path)
+    for job in jobs:
+        (saved,) = Path(str(job["save"])).glob("global_step*/mp_rank_00_model_states.pt")
+        weights = torch.load(saved, weights_only=False)["module"]
+        names = [name for name in weights if name.startswith("sequential.")]
+        assert names
+        assert [n for n in names if not torch.equal(weights[n], expected[n])] == []
+        if stage:
+            with np.load(f"{job['optimizer']}-0.npz") as file:
+                masters = {k.removesuffix("/fp32"): file[k] for k in file if k.endswith("/fp32")}
+            assert sorted(masters) == sorted(names)
+            assert [n for n in names if (masters[n] != expected[n].float().numpy()).any()] == []
+
+
+def exporting(hf: Path, tree: str, layout: tuple[int, int], folder: Path) -> dict[str, Any]:
+    """A job of 20 steps that saves and exports every 5."""
+    yml = yml_of(hf, tree, *layout, folder / "neox", train_iters=100, lr_decay_iters=100)
+    keys = {"save": str(folder / "run"), "save_hf": str(folder / "exported")}
+    job = {"yml": str(yml), "set": keys, "losses": 20, "save_every": 5}
+    return {**job, "save": str(folder / "run")}
+
+
+def wait_for(path: Path, text: str) -> None:
+    for _ in range(1200):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} does not contain {text}")
+
+
+def check_exports(folder: Path, steps: tuple[int, ...]) -> None:
+    """Each exported step has the bits of a conversion of its own."""
+    for step in steps:
+        source, alone = folder / "run" / f"global_step{step}", folder / f"alone-{step}"
+        convert(source, alone, to="hf")
+        exported = folder / "exported" / f"step{step}"
+        names = sorted(p.name for p in alone.glob("*.safetensors"))
+        assert names == sorted(p.name for p in exported.glob("*.safetensors"))
+        for name in (*names, "config.json"):
+            assert (exported / name).read_bytes() == (alone / name).read_bytes()
+        assert verify(str(source), str(exported)).holds
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_exports_are_conversions_and_the_losses_stay_the_same(
+    tree: str, model: Path, neox_python: str, inside: None, tmp_path: Path
+) -> None:
+    real_neox.tree_of(tree)
+    job = exporting(model, tree, (2, 0), tmp_path)
+    plain = {**job, "set": {}, "save": str(tmp_path / "plain")}
+    results = run(neox_python, tree, 2, [plain, job], tmp_path)
+    assert len(results[0]["losses"]) == 20
+    assert results[0]["losses"] == results[1]["losses"]
+    wait_for(tmp_path / "exported" / JOURNAL, "done 20")
+    check_exports(tmp_path, (5, 10, 15, 20))
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_kills_leave_whole_checkpoints_and_exports(
+    neox_python: str,
+    inside: None,
+    tmp_path: Path,
+    processes: list[subprocess.Popen[str]],
+) -> None:
+    """First the exporter is killed, then the trainer. The next run exports what is left."""
+    hf = make_hf(tmp_path / "hf", torch.float32)
+    tokenizer(hf / "tokenizer.json")
+    job = {"drop": [], "logits": None, "steps": 0, **exporting(hf, "today", (1, 0), tmp_path)}
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "losses": 90}]))
+    tree = str(real_neox.tree_of("today"))
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    trainer = subprocess.Popen(
+        [neox_python, str(real_neox.SCRIPT), tree, str(tmp_path / "jobs.json")],
+        env={**os.environ, **alone},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    processes.append(trainer)
+    journal = tmp_path / "exported" / JOURNAL
+    wait_for(journal, "saved 5")
+    (exporter,) = exporters(tmp_path / "exported")
+    os.kill(exporter, signal.SIGKILL)
+    wait_for(journal, "done 10")  # by another process, as the training went on
+    os.killpg(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    native = sorted((tmp_path / "run").glob("global_step*"))
+    latest = (tmp_path / "run" / "latest").read_text().strip()
+    assert latest in [path.name for path in native]
+    first = int(latest.removeprefix("global_step"))
+    while exporters(tmp_path / "exported"):
+        time.sleep(0.2)  # it finishes what was saved, without the trainer
+    for step in range(5, first, 5):
+        assert verify(str(tmp_path / "run" / f"global_step{step}"), export(tmp_path, step)).holds
+    # the same yml resumes
+    run(neox_python, "today", 1, [{**job, "losses": 5}], tmp_path)
+    wait_for(journal, f"done {first + 5}")
+    check_exports(tmp_path, tuple(range(5, first + 10, 5)))
+    assert "failed" not in (tmp_path / "exported" / LOG).read_text()
+
+
+def export(folder: Path, step: int) -> str:
+    return str(folder / "exported" / f"step{step}")
+
+
+def exporters(target: Path) -> list[int]:
+    """The exporters that write into a folder."""
+    ids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"neox_bridge.training.exporter" in words and str(target).encode() in words:
+            ids.append(int(path.parent.name))
+    return ids
+
+
+LAUNCH = """\
+import json, runpy, sys
+import deepspeed.launcher.runner as runner
+runner.main = lambda words: print("WORDS " + json.dumps(words))
+sys.argv = ["deepy.py", "train.py", sys.argv[1]]
+sys.path.insert(0, {tree!r})
+runpy.run_path({tree!r} + "/deepy.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_the_launcher_passes_the_keys_on(
+    tree: str, neox_python: str, inside: None, tmp_path: Path
+) -> None:
+    """Of a tree that ``neox-bridge patch --train`` patched."""
+    copy = tmp_path / "tree"
+    real = real_neox.tree_of(tree)
+    copy.mkdir()
+    (copy / "megatron").symlink_to(real / "megatron")
+    for name in ("train.py", "deepy.py"):
+        shutil.copy(real / name, copy)
+    command = [sys.executable, "-m", "neox_bridge", "patch", str(copy), "--train"]
+    source = {**os.environ, "PYTHONPATH": str(TESTS.parent / "src")}
+    subprocess.run(command, check=True, env=source)
+    keys = {"save_hf": "exported", "save_hf_keep": 2, "save": "run", "push_to_hub": "org/model"}
+    hf = make_hf(tmp_path / "hf", torch.float32)
+    tokenizer(hf / "tokenizer.json")
+    yml = yml_of(hf, tree, 1, 0, tmp_path / "neox", **keys)
+    launch = [neox_python, "-c", LAUNCH.format(tree=str(copy)), str(yml)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    (line,) = [w for w in done.stdout.splitlines() if w.startswith("WORDS ")] or [done.stderr]
+    words = json.loads(line.removeprefix("WORDS "))
+    config = words[words.index("--megatron_config") + 1]
+    passed = json.loads(base64.urlsafe_b64decode(config))
+    assert {name: passed[name] for name in keys} == keys
+    # without neox-bridge, both scripts say what to install
+    hidden = {**environment, "PYTHONPATH": ""}
+    for name in ("train.py", "deepy.py"):
+        done = subprocess.run(
+            [neox_python, str(copy / name)], capture_output=True, text=True, env=hidden
+        )
+        assert done.returncode == 1
+        assert "Install it: pip install neox-bridge" in done.stderr
