@@ -68,6 +68,7 @@ def yml_of(hf: Path, tree: str, tp: int, pp: int, folder: Path, **changed: Any) 
     shutil.rmtree(folder)
     settings = {k: v for k, v in settings.items() if k not in ("save", "finetune")}
     path = folder.with_suffix(".yml")
+    settings["vocab_file"] = str(hf / "tokenizer.json")
     path.write_text(yaml.safe_dump({**settings, "load": str(hf), **changed}))
     return path
 

@@ -81,7 +81,7 @@ def test_exports_what_a_conversion_would(exports: Exports) -> None:
     convert(f"{exports.save}/global_step5", f"{exports.target}/alone", to="hf")
     one, other = (Path(exports.target) / name for name in ("step5", "alone"))
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert verify(f"{exports.save}/global_step5", str(one)).bitwise
+    assert verify(f"{exports.save}/global_step5", str(one)).holds
     assert lines(exports) == ["after 5", "saved 5", "done 5"]
 
 
@@ -93,7 +93,7 @@ def test_a_step_that_is_saved_again_replaces_its_export(exports: Exports) -> Non
     save_step(exports, 5, seed=1)
     assert run(exports, ["5\n"], print)
     assert (Path(exports.target) / "step5" / "model.safetensors").read_bytes() != before
-    assert verify(f"{exports.save}/global_step5", f"{exports.target}/step5").bitwise
+    assert verify(f"{exports.save}/global_step5", f"{exports.target}/step5").holds
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from hub_stub import Stub, serving, use
 from neox_bridge import Refused, open_checkpoint
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import movers
-from neox_bridge.planning.options import Options
 from neox_bridge.training.loading import Part, Run, load_into, open_for_run, plan_for, start_of
 
 
@@ -328,7 +327,3 @@ def test_checkpoints_of_gpt_neox_on_the_hub_are_refused(
         hub.put_files("org/run", "main", tmp_path / "neox")
         with pytest.raises(BridgeError, match=r"hf download org/run --revision main"):
             open_for_run("hf://org/run", lambda text: [text], rank=0, local_rank=0)
-
-
-def test_options_are_those_of_convert() -> None:
-    assert Options().dtype == "keep"  # the cast is that of the copy into a parameter

@@ -63,7 +63,9 @@ def patch(tree: str, options: PatchOptions, output: Output) -> None:
     from neox_bridge.patch import patcher, scripts, train_scripts
 
     if options.scripts and options.train:
-        raise UsageError(["train"], "not together with `scripts`", "Run the command twice.")
+        raise UsageError(
+            ["train", "scripts"], "only one at a time", "Run the command once for each."
+        )
     dry_run, revert = options.dry_run, options.revert
     if revert:
         plan = patcher.plan_revert(tree) if dry_run else patcher.revert(tree)
