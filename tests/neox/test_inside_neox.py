@@ -291,7 +291,7 @@ def test_the_launcher_passes_the_keys_on(
     yml = yml_of(hf, tree, 1, 0, tmp_path / "neox", **keys)
     launch = [neox_python, "-c", LAUNCH.format(tree=str(copy)), str(yml)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=copy)
     (line,) = [w for w in done.stdout.splitlines() if w.startswith("WORDS ")] or [done.stderr]
     words = json.loads(line.removeprefix("WORDS "))
     config = words[words.index("--megatron_config") + 1]
