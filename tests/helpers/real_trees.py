@@ -15,7 +15,7 @@ from collect_keys import TREES as COMMITS
 from stand_in_trees import NAMES
 
 FOLDERS = {name: "gpt-neox" if name == "today" else f"neox-{name}" for name in NAMES}
-_PARTS = ("megatron", "configs", "requirements", "tools")
+_PARTS = ("megatron", "configs", "requirements", "tools", "train.py", "deepy.py")
 
 
 class RealTrees(Mapping[str, Path]):
@@ -49,7 +49,11 @@ def copy_sources(name: str, target: Path) -> None:
     tree = _tree(name)
     if tree is None or not (tree / "megatron").is_dir():
         pytest.skip(f"no GPT-NeoX of {name}: set GPT_NEOX_GIT, NEOX_HOME or NEOX_TREE")
+    target.mkdir(parents=True)
     for part in _PARTS:
+        if (tree / part).is_file():
+            shutil.copy(tree / part, target / part)
+            continue
         shutil.copytree(tree / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
 
 

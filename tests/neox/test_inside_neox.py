@@ -288,7 +288,7 @@ def test_the_launcher_passes_the_keys_on(
     keys = {"save_hf": "exported", "save_hf_keep": 2, "save": "run", "push_to_hub": "org/model"}
     hf = make_hf(tmp_path / "hf", torch.float32)
     tokenizer(hf / "tokenizer.json")
-    yml = yml_of(hf, tree, 1, 0, tmp_path / "neox", **keys)
+    yml = yml_of(hf, tree, 1, 0, tmp_path / "neox", global_num_gpus=1, **keys)
     launch = [neox_python, "-c", LAUNCH.format(tree=str(copy)), str(yml)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=copy)

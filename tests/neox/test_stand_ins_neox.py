@@ -17,6 +17,7 @@ from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import read_tree
 from neox_bridge.patch.patcher import FilePatch, plan_patch
 from neox_bridge.patch.scripts import plan_scripts
+from neox_bridge.patch.train_scripts import plan_train
 
 pytestmark = pytest.mark.neox
 
@@ -53,6 +54,12 @@ def test_the_patch_makes_the_same_edits(pair: tuple[Path, Path]) -> None:
         assert ours.path == theirs.path
         assert [c.what for c in ours.changes] == [c.what for c in theirs.changes]
         assert changed_lines(ours.diff) == changed_lines(theirs.diff)
+
+
+def test_the_training_scripts_get_the_same_lines(pair: tuple[Path, Path]) -> None:
+    ours, theirs = ({f.path: changed_lines(f.diff) for f in plan_train(t).files} for t in pair)
+    assert ours == theirs
+    assert len(ours) == 2
 
 
 def test_the_scripts_have_the_same_options(pair: tuple[Path, Path]) -> None:
