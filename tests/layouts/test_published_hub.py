@@ -253,7 +253,7 @@ def test_the_models_of_transformers_go_through_the_cache(
 ) -> None:
     convert(FLAT, tmp_path / "hf", to="hf")
     hub.put_files(TWIN, "step8", tmp_path / "hf")
-    out, _ = run("inspect", f"{TWIN}@step8", "--json")
+    out, _ = run("inspect", f"{TWIN}@step8", "--stats", "--json")
     facts = json.loads(out)
     assert (facts["kind"], facts["revision"]) == ("hf", f"{TWIN}@step8")
     assert facts["path"].startswith(str(run.home))

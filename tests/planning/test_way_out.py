@@ -25,7 +25,6 @@ ONLY_GPT_NEOX: list[tuple[str, dict[str, Any]]] = [
     ("pythia_fp32_pp1_tp2", {"attention_config": [[["local"], 2]]}),
     ("pythia_fp32_pp1_tp2", {"sliding_window_width": 4}),
     ("llama_fp32_tp2", {"pos_emb": "none"}),
-    ("llama_fp32_tp2", {"rotary_pct": 0.5}),
     ("llama_fp32_tp2", {"gpt_j_residual": True}),
     ("llama_fp32_tp2", {"use_mup": True}),
     ("llama_fp32_tp2", {"attention_config": [[["local"], 2]]}),
@@ -92,7 +91,7 @@ def grouped(tensors: dict[str, torch.Tensor]) -> None:
     ("key", "settings", "change"),
     [
         ("use_qk_layernorm", {"use_qk_layernorm": True}, qk_norms),
-        ("num_kv_heads", {"num_kv_heads": 2}, grouped),
+        ("rotary_pct", {"num_kv_heads": 2}, grouped),  # of starcoder2, which is nearest
     ],
 )
 def test_tensors_that_no_family_has_are_moved_by_the_command_that_is_named(
