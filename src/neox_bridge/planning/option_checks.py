@@ -92,7 +92,7 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
 
 def check_gqa_order(order: str | None, *checkpoints: Checkpoint | StoredModel) -> None:
     """Raise UsageError if an order is given and none of the checkpoints can have one."""
-    families = [one for one in checkpoints if isinstance(one, Checkpoint)]
+    families = [one for one in checkpoints if not isinstance(one, StoredModel)]
     if order is None or any(c.neox is not None and c.config.grouped_query for c in families):
         return
     if families and not any(c.config.grouped_query for c in families):
