@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.open_stored import open_any, open_as_stored
 from neox_bridge.layouts.stored_model import StoredModel
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +206,45 @@ def test_a_folder_below_and_another_copy_of_the_weights(models: Path, tmp_path: 
     (finding,) = facts["findings"]
     assert "pytorch_model.bin" in finding["message"]
     assert "checkpoint-5" in finding["message"]
+
+
+def test_a_variant_is_a_copy_beside_the_weights_that_are_loaded(qwen3: Path) -> None:
+    variant = {name: tensor.half() for name, tensor in load_file(qwen3 / WEIGHTS).items()}
+    save_file(variant, qwen3 / "model.fp16.safetensors")
+    components = facts_of(qwen3)["components"]
+    assert [one["name"] for one in components] == ["", "model.fp16.safetensors"]
+    assert components[0]["files"] == [str(qwen3 / WEIGHTS)]
+
+
+def test_a_link_that_leads_back_adds_no_tensors(qwen3: Path) -> None:
+    (qwen3 / "alias").symlink_to(".")
+    (facts,) = facts_of(qwen3)["components"]
+    assert facts["tensors"] == len(load_file(qwen3 / WEIGHTS))
+
+
+@pytest.mark.parametrize("key", ["intermediate_size", "conv_kernel", "num_attention_heads"])
+def test_settings_of_an_unknown_family_are_of_any_kind(key: str, qwen3: Path) -> None:
+    config = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps({**config, key: [3, 3]}))
+    assert facts_of(qwen3)["read_by"] == "names"
+
+
+def test_nan_is_found_without_warnings_of_numpy(qwen3: Path) -> None:
+    signaling = torch.tensor([[0x7C01, 0x3C00]], dtype=torch.int16).view(torch.float16)
+    save_file({"w": signaling}, qwen3 / WEIGHTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = run("inspect", qwen3, "--stats")
+    assert (done.exit_code, "NaN in 1 of 1 tensors: w" in done.output) == (0, True), done.output
+
+
+def test_a_folder_of_adapters_names_them(tmp_path: Path) -> None:
+    for name in ("french", "german"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    done = run("inspect", tmp_path)
+    assert done.exit_code == 1
+    assert "There are models in french, german" in done.output
 
 
 def test_a_base_model_of_a_known_family(tmp_path: Path) -> None:

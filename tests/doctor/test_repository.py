@@ -457,6 +457,24 @@ def test_no_config(single: Path) -> None:
     assert examined(4, single)["no-config"]["missing"] == ["config.json"]
 
 
+def test_an_empty_config_is_not_a_missing_one(single: Path) -> None:
+    (single / "config.json").write_text("{}")
+    found = examined(0, single)
+    assert "no-config" not in found
+    assert found["no-model-type"]["missing"] == ["config.json: model_type"]
+
+
+def test_the_name_of_a_folder_keeps_its_case(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text("{}")
+    single.rename(pipeline / "unet")
+    monkeypatch.chdir(tmp_path)
+    assert f"why  {pipeline} does not contain" in run("doctor", "pipeline").stdout
+
+
 def test_a_tied_config_with_another_head(tmp_path: Path) -> None:
     folder = make("gemma2", tmp_path / "model")
 
@@ -519,6 +537,7 @@ def test_quantized_tensors_with_and_without_their_settings(single: Path) -> None
     quantized(single)
     found = examined(4, single)["quantization-unsaid"]
     assert "GPTQ" in found["message"]
+    assert found["why"].endswith("initializes weights at random")
     (single / "quantize_config.json").write_text('{"bits": 4, "quant_method": "gptq"}')
     assert "quantize_config.json" in examined(4, single)["quantization-unsaid"]["why"]
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}

@@ -5,6 +5,7 @@ that all families share: configuration_utils.py, modeling_rope_utils.py, tokeniz
 and models/auto of transformers 4.30 to 5.24.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -49,7 +50,11 @@ def _written_by(repository: Repository) -> Case:
 
 def _not_converted(repository: Repository) -> Iterator[Case]:
     """Why no family is used."""
-    if reason := repository.model.reason:
+    path, reason = repository.model.path, repository.model.reason
+    if reason:
+        name = os.path.basename(path)
+        if reason.startswith(f"{name} "):  # the first word of a sentence gets a capital letter
+            reason = path + reason.removeprefix(name)
         yield case(
             "not-converted",
             "info",

@@ -295,7 +295,7 @@ class _Reader:
             tensors,
             os.path.join(folder, one.index) if one.index else "",
             one.total_size,
-            self._json(os.path.join(folder, "config.json"), folder) if below else {},
+            self._json(os.path.join(folder, "config.json"), folder) or {} if below else {},
         )
         self.classes |= {component.full_name(key): kind for key, kind in classes.items()}
         if is_shard(files[0] if files else ""):
@@ -351,7 +351,7 @@ class _Reader:
         tensors = sum(file in absent for file in one.weight_map.values())
         why = f"{named} say that the model has {total} shards"
         if one.index:
-            why = f"{one.index} says that {plural(tensors, 'tensor')} of the model are in them"
+            why = f"{one.index} says that they contain {plural(tensors, 'tensor')} of the model"
         self.damage.append(
             Finding(
                 "missing-shards",
@@ -406,7 +406,9 @@ class _Reader:
         for name in _JSON:
             path = os.path.join(self.path, name)
             content = self._json(path, self.path, is_list=name == "modules.json")
-            if name == "tokenizer.json" and content:
+            if content is None:
+                continue
+            if name == "tokenizer.json":
                 try:
                     entries = tokenizer_entries(content, path)
                 except BridgeError as error:
@@ -415,7 +417,7 @@ class _Reader:
                 entries = {key: i for key, i in content.items() if isinstance(i, int)}
             elif name == "added_tokens.json" and entries:
                 entries = {**entries, **{k: i for k, i in content.items() if isinstance(i, int)}}
-            elif content and name not in _LARGE:
+            elif name not in _LARGE:
                 contents[name] = content
         for name in _TEXTS:
             path = os.path.join(self.path, name)
@@ -426,20 +428,20 @@ class _Reader:
         ids = [i for i in entries.values() if isinstance(i, int)]
         return contents, max(len(entries), max(ids) + 1) if ids else None
 
-    def _json(self, path: str, folder: str, *, is_list: bool = False) -> dict[str, Any]:
-        """A JSON file; {} if there is none or if it cannot be read, which is reported."""
+    def _json(self, path: str, folder: str, *, is_list: bool = False) -> dict[str, Any] | None:
+        """A JSON file; None if there is none or if it cannot be read, which is reported."""
         if os.path.relpath(path, self.path) in self._dangling:
-            return {}
+            return None
         try:
             if not brought_along(path, folder):
-                return {}
+                return None
             if is_list:  # of modules, whose content does not matter
                 return {"modules": []}
             large = os.path.basename(path) in _LARGE
             return read_json(path, LARGE_BYTES, None) if large else read_json(path)
         except BridgeError as error:
             self._unreadable(path, error)
-            return {}
+            return None
 
     def tokenizer(self) -> tuple[str, ...]:
         """The tokenizer's files."""

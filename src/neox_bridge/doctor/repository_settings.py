@@ -221,8 +221,7 @@ def _quantization(repository: Repository) -> Iterator[Finding]:
     model = repository.model
     quantization, (settings, where) = model.quantization, settings_of(model.path, model.raw)
     if quantization is not None and not where.startswith("config.json"):
-        why = "transformers takes the packed numbers for weights, or initializes the weights at "
-        "random"
+        why = "transformers takes packed numbers for weights, or initializes weights at random"
         if where:
             why = f"{where} has them, which transformers does not read"
         yield Finding(

@@ -297,7 +297,8 @@ def _trainer(folder: _Folder) -> _Explained:
 def _parent(folder: _Folder) -> _Explained:
     below = [name for name in folder.names if not name.startswith(".")]
     inside = {name: folder.inside(name) for name in below}
-    models = [name for name in below if "config.json" in inside[name] or _is_neox(inside[name])]
+    configs = {"config.json", "adapter_config.json"}
+    models = [name for name in below if configs & set(inside[name]) or _is_neox(inside[name])]
     if not models or _is_neox(below):
         return None
     models.sort(key=lambda name: step_of(name) or 0)

@@ -60,6 +60,8 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     config = os.path.join(path, "config.json")
     check_own(config, path)
     original = read_json(config)
+    if form_of(original) is None and isinstance(original.get("model_type"), str):
+        for_hf(original)  # an unknown family has settings of other kinds
     check_hf(original, config)
     raw, form = dict(complete(original)), form_of(original)
     if form is not None:

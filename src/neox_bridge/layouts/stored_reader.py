@@ -117,10 +117,16 @@ def _folders(folder: str, below: str, depth: int, left: list[str]) -> Iterator[t
         inner = os.path.join(folder, name)
         if name.startswith((".", "__")) or name.endswith(_FILES) or not isdir(inner):
             continue
+        if os.path.islink(inner) and _contains(os.path.realpath(inner), os.path.realpath(folder)):
+            continue  # the link leads back to a folder that is already listed
         if NUMBERED.fullmatch(name):
             left.append(os.path.join(below, name))
         else:
             yield from _folders(inner, os.path.join(below, name), depth + 1, left)
+
+
+def _contains(folder: str, inner: str) -> bool:
+    return os.path.commonpath((folder, inner)) == folder
 
 
 def read_component(

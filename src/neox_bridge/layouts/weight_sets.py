@@ -93,10 +93,14 @@ def is_weights_file(name: str) -> bool:
 
 
 def by_preference(one: WeightSet) -> tuple[bool, int, bool, str]:
-    """The key that sorts the sets of a folder: transformers loads the first one."""
-    stem = one.name.partition(".")[0]
+    """The key that sorts the sets of a folder: transformers loads the first one.
+
+    A variant, such as model.fp16.safetensors, is loaded only if its name is given.
+    """
+    stem, _, ending = one.name.partition(".")
     place = _PREFERRED.index(stem) if stem in _PREFERRED else len(_PREFERRED)
-    return one.pickled, place, bool(one.index), one.name
+    is_variant = ending not in ("safetensors", "bin")
+    return one.pickled, place + is_variant * (len(_PREFERRED) + 1), bool(one.index), one.name
 
 
 def read_index(folder: str, index: str, names: Sequence[str]) -> WeightSet:

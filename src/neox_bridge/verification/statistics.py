@@ -219,7 +219,10 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
 
 def _squares(block: "Array") -> float:
     """The sum of squares, pairwise. A dot product would start threads of BLAS below ours."""
-    return float((block * block).sum())
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are counted
+        return float((block * block).sum())
 
 
 def _padding(live: "Array", vocab_rows: int | None) -> int:
