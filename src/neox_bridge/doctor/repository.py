@@ -408,7 +408,7 @@ class _Reader:
             content = self._json(path, self.path, is_list=name == "modules.json")
             if content is None:
                 continue
-            if name == "tokenizer.json":
+            if name == "tokenizer.json" and content:
                 try:
                     entries = tokenizer_entries(content, path)
                 except BridgeError as error:
