@@ -14,7 +14,7 @@ import yaml
 from megatron_stand_in import Engine, Megatron
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.training import hooks
+from neox_bridge.training import hooks, loading
 from neox_bridge.training.hooks import install
 
 
@@ -77,6 +77,20 @@ def test_a_run_starts_from_a_model(
     assert [k for k, v in expected.items() if not torch.equal(engine.parameters[k], v)] == []
     size = sum(4 * value.numel() for value in expected.values())
     assert f"started from {hf}: rank 0 read {size:,} bytes\n" in capsys.readouterr().out
+
+
+def test_warnings_of_the_conversion_are_printed(
+    megatron: Megatron,
+    hf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = loading.Loaded(12, ("the logits differ by about 1e-4",))
+    monkeypatch.setattr(loading, "load_into", lambda *_args: loaded)
+    install()
+    megatron.training.pretrain(args_of(megatron, hf, tmp_path))
+    assert "neox-bridge: warning: the logits differ by about 1e-4\n" in capsys.readouterr().out
 
 
 def test_the_same_yml_resumes(

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hub_stub import Stub, serving, use
 from neox_bridge import Refused, open_checkpoint
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import movers
+from neox_bridge.findings import Finding
+from neox_bridge.training import loading
 from neox_bridge.training.loading import Part, Run, load_into, open_for_run, plan_for, start_of
 
 
@@ -211,7 +214,7 @@ def test_each_rank_reads_its_part(
     for rank in range(tp):
         parts, expected = parts_of(neox, rank, dtype)
         sizes.clear()
-        size = load_into(checkpoint, run_of(hf, tree, tp, pp), parts, rank)
+        size = load_into(checkpoint, run_of(hf, tree, tp, pp), parts, rank).size
         for part, values in zip(parts, expected, strict=True):
             for name, parameter in part.parameters.items():
                 assert torch.equal(parameter, values[name].to(dtype)), name
@@ -233,8 +236,22 @@ def test_each_rank_reads_its_part(
 def test_one_stage_reads_only_its_layers(hf: Path, tree: str, tmp_path: Path) -> None:
     neox = tiny.convert(hf, tmp_path / "neox", pp=2)
     parts, _ = parts_of(neox, 0, torch.float32)
-    sizes = [load_into(open_checkpoint(str(hf)), run_of(hf, tree, 1, 2), [p], 0) for p in parts]
+    checkpoint, run = open_checkpoint(str(hf)), run_of(hf, tree, 1, 2)
+    sizes = [load_into(checkpoint, run, [part], 0).size for part in parts]
     assert sizes == [sum(v.numel() * 4 for v in part.parameters.values()) for part in parts]
+
+
+def test_what_gpt_neox_computes_otherwise_is_a_warning(
+    hf: Path, tree: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = (
+        Finding("rms-epsilon", "warning", "another formula"),
+        Finding("x", "info", "a note"),
+    )
+    plan = replace(plan_for(open_checkpoint(str(hf)), run_of(hf, tree)), findings=findings)
+    monkeypatch.setattr(loading, "plan_for", lambda *_args: plan)
+    loaded = load_into(open_checkpoint(str(hf)), run_of(hf, tree), [], 0)
+    assert loaded.warnings == ("another formula",)
 
 
 def test_other_names_and_shapes_are_refused(hf: Path, tree: str) -> None:

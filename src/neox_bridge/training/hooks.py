@@ -111,9 +111,9 @@ def _start(source: str, neox_args: Any, model: Any) -> None:
     checkpoint = loading.open_for_run(
         source, _gather, rank=_rank(), local_rank=int(os.environ.get("LOCAL_RANK", "0"))
     )
-    error, size = "", 0
+    error, loaded = "", loading.Loaded(0)
     try:
-        size = loading.load_into(
+        loaded = loading.load_into(
             checkpoint,
             loading.Run(vars(neox_args), _defaults(neox_args), _tree()),
             _parts(model.module),
@@ -126,7 +126,9 @@ def _start(source: str, neox_args: Any, model: Any) -> None:
         model.module._synchronize_tied_weights()
     if hasattr(model.optimizer, "refresh_fp32_params"):
         model.optimizer.refresh_fp32_params()  # the master weights of ZeRO, fp16 and bf16
-    say(f"started from {source}: rank 0 read {size:,} bytes")
+    say(f"started from {source}: rank 0 read {loaded.size:,} bytes")
+    for warning in loaded.warnings:
+        say(f"warning: {warning}")
 
 
 def _setup_model_and_optimizer(

@@ -347,11 +347,21 @@ def _open(source: str) -> Checkpoint:
     return open_checkpoint(place.path)
 
 
-def load_into(checkpoint: Checkpoint, run: Run, parts: "Iterable[Part]", rank: int) -> int:
-    """Fill the parameters of this rank, and return their bytes in the source's dtype.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a rank has read.
 
-    rank: the tensor-parallel rank.
+    Attributes:
+        size: Bytes of its tensors, in the dtype of the model.
+        warnings: What GPT-NeoX computes otherwise than transformers, from the plan.
     """
+
+    size: int
+    warnings: tuple[str, ...] = ()
+
+
+def load_into(checkpoint: Checkpoint, run: Run, parts: "Iterable[Part]", rank: int) -> Loaded:
+    """Fill the parameters of this rank. rank: the tensor-parallel rank."""
     conversion = plan_for(checkpoint, run)
     context = Context()
     filled = 0
@@ -369,7 +379,8 @@ def load_into(checkpoint: Checkpoint, run: Run, parts: "Iterable[Part]", rank: i
                 filled += tensors[key].nbytes
     finally:
         context.files.close()
-    return filled
+    warnings = (f.message for f in conversion.findings if f.severity == "warning")
+    return Loaded(filled, tuple(warnings))
 
 
 @dataclass(frozen=True, slots=True)
