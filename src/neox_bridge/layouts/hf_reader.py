@@ -419,8 +419,9 @@ def _normalise(
                 "They are the head for another task, which GPT-NeoX does not support. Convert "
                 f"the {architecture.hf_class} that it was made from."
             )
-        elif reasons := [f"{r.key}: {r.reason}" for r in architecture.refuse_hf_source(raw)]:
-            what = f"It cannot be converted. {'. '.join(reasons)}."
+        elif refusals := architecture.refuse_hf_source(raw):
+            reasons = ". ".join(f"{refusal.key}: {refusal.reason}" for refusal in refusals)
+            what = f"It cannot be converted. {reasons}."
         raise NotOfFamily(
             f"{path} contains tensors that no {architecture.name} model has: "
             f"{some(sorted(unknown))}. {what}"
