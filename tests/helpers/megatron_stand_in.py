@@ -91,7 +91,11 @@ class Megatron:
                     lr_scheduler=None,
                 )
 
+        def setup_for_inference_or_eval(neox_args):  # type: ignore[no-untyped-def]
+            return training.setup_model_and_optimizer(neox_args=neox_args, use_cache=True)
+
         self.saves: list[int] = []
+        self.utils.setup_for_inference_or_eval = setup_for_inference_or_eval
         checkpointing.load_checkpoint = training.load_checkpoint = load_checkpoint
         checkpointing.save_checkpoint = training.save_checkpoint = save_checkpoint
         training.setup_model_and_optimizer = setup_model_and_optimizer
@@ -101,6 +105,7 @@ class Megatron:
 _MODULES = (
     "megatron",
     "megatron.mpu",
+    "megatron.utils",
     "megatron.training",
     "megatron.checkpointing",
     "megatron.neox_arguments",

@@ -15,7 +15,8 @@ from collect_keys import TREES as COMMITS
 from stand_in_trees import NAMES
 
 FOLDERS = {name: "gpt-neox" if name == "today" else f"neox-{name}" for name in NAMES}
-_PARTS = ("megatron", "configs", "requirements", "tools", "train.py", "deepy.py")
+_SCRIPTS = ("train.py", "deepy.py", "eval.py", "generate.py")
+_PARTS = ("megatron", "configs", "requirements", "tools", *_SCRIPTS)
 
 
 class RealTrees(Mapping[str, Path]):

@@ -343,6 +343,20 @@ parser.add_argument("--output_dir", type=str)
 """
 
 
+_INFERENCE = """\
+#!/usr/bin/env python
+from megatron.utils import setup_for_inference_or_eval
+
+
+def main(input_args=None, overwrite_values=None):
+    setup_for_inference_or_eval(
+        use_cache={cache}, input_args=input_args, overwrite_values=overwrite_values
+    )
+
+
+if __name__ == "__main__":
+    main()
+"""
 # what the launcher and the ranks run; today's and the others are alike
 TRAIN = {
     "train.py": '''\
@@ -360,6 +374,8 @@ def main(input_args=None, overwrite_values=None):
 if __name__ == "__main__":
     main()
 ''',
+    "eval.py": _INFERENCE.format(cache=False),
+    "generate.py": _INFERENCE.format(cache=True),
     "deepy.py": """\
 #!/usr/bin/env python
 import os

@@ -232,7 +232,9 @@ def save_optimizer(model, path) -> None:
     for index, parameters in enumerate(zero.round_robin_bit16_groups):
         master = zero.single_partition_of_fp32_groups[index]
         state = zero.optimizer.state[master]
-        parts = {"fp32": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        # before the first step, there are no moments
+        moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
+        parts = {"fp32": master, **moments}
         for key, part in parts.items():
             flats = [torch.empty_like(part) for _ in range(ranks)]
             torch.distributed.all_gather(flats, part.detach(), group=mpu.get_data_parallel_group())
@@ -243,7 +245,7 @@ def save_optimizer(model, path) -> None:
                     flat[at : at + parameter.numel()].view(parameter.shape).numpy()
                 )
                 at += parameter.numel()
-        values[f"state_step/{index}"] = np.array(float(state["step"]))
+        values[f"state_step/{index}"] = np.array(float(state.get("step", 0)))
         group = zero.optimizer.param_groups[index]
         values[f"group_step/{index}"] = np.array(float(group.get("step", -1)))
     if mpu.get_data_parallel_rank() == 0:

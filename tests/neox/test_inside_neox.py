@@ -283,7 +283,7 @@ def test_the_launcher_passes_the_keys_on(
     real = real_neox.tree_of(tree)
     copy.mkdir()
     (copy / "megatron").symlink_to(real / "megatron")
-    for name in ("train.py", "deepy.py"):
+    for name in ("train.py", "deepy.py", "eval.py", "generate.py"):
         shutil.copy(real / name, copy)
     command = [sys.executable, "-m", "neox_bridge", "patch", str(copy), "--train"]
     source = {**os.environ, "PYTHONPATH": str(TESTS.parent / "src")}

@@ -302,6 +302,18 @@ def test_a_killed_process_is_started_again(exports: Exports) -> None:
     assert folders(exports) == ["step10", "step5"]
 
 
+def test_a_process_that_hangs_blocks_no_save(exports: Exports) -> None:
+    process = ExporterProcess(exports)
+    process.start()
+    assert process._process is not None
+    process._process.send_signal(signal.SIGSTOP)
+    for _ in range(70_000):  # more than its pipe holds
+        process.saved(5)
+    process._process.send_signal(signal.SIGCONT)
+    process.finish()
+    assert lines(exports)[-1] == "done 5"
+
+
 def test_a_process_that_cannot_start_fails_no_save(
     exports: Exports, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,16 @@ def test_a_folder_that_cannot_be_written_ends_the_start(
         megatron.training.pretrain(args_of(megatron, hf, tmp_path, **keys))
 
 
+def test_inference_exports_nothing(megatron: Megatron, hf: Path, tmp_path: Path) -> None:
+    install()
+    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
+    args = args_of(megatron, hf, tmp_path, **keys)
+    megatron.utils.setup_for_inference_or_eval(args)
+    assert megatron.engines[0].refreshed == 1
+    assert hooks._exporters == []
+    assert not (tmp_path / "exported").exists()
+
+
 def test_the_launcher_only_gets_the_keys(
     megatron: Megatron, monkeypatch: pytest.MonkeyPatch
 ) -> None:

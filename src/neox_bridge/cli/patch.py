@@ -30,8 +30,8 @@ class PatchOptions:
     )
     train: bool = option(
         False,
-        "Patch train.py and deepy.py instead: a yml can load Hugging Face models and save them "
-        "(load, save_hf).",
+        "Patch train.py, deepy.py, eval.py and generate.py instead: a yml can load Hugging Face "
+        "models and save them (load, save_hf).",
         common=True,
     )
     dry_run: bool = option(False, "Print the changes as a diff and write nothing.", common=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 BUFFERS = ("inv_freq", "slopes")
 HOME = "megatron/model/positional_embeddings.py"
 SCRIPTS_FOLDER = "tools/ckpts"
-TRAIN_SCRIPTS = ("train.py", "deepy.py")
+TRAIN_SCRIPTS = ("train.py", "deepy.py", "eval.py", "generate.py")
 KEPT = ".neox-bridge.orig"  # the folder of a tree that has the original files
 HOOK = "_neox_bridge_load"
 MARK = "# neox-bridge"

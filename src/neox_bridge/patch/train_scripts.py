@@ -1,7 +1,8 @@
-"""Patches train.py and deepy.py of a GPT-NeoX tree to import ``neox_bridge.neox``.
+"""Patches the scripts that read a yml of a run to import ``neox_bridge.neox``.
 
-The import is the first statement: it wraps functions that train.py imports by name, and registers
-keys before the launcher checks the yml.
+These are train.py, the launcher deepy.py, and eval.py and generate.py, which must accept the same
+yml. The import is the first statement: it wraps functions that train.py imports by name, and
+registers keys before the launcher checks the yml.
 """
 
 import ast
@@ -27,11 +28,17 @@ except ModuleNotFoundError as error:
     )
 
 """
-_CALLS = {"train.py": "pretrain", "deepy.py": "consume_deepy_args"}  # what a known form contains
+# what a known form contains
+_CALLS = {
+    "train.py": "pretrain",
+    "deepy.py": "consume_deepy_args",
+    "eval.py": "setup_for_inference_or_eval",
+    "generate.py": "setup_for_inference_or_eval",
+}
 
 
 def plan_train(tree: str | os.PathLike[str]) -> Patch:
-    """Plan the patch of train.py and deepy.py; no files if both are patched. Writes nothing.
+    """Plan the patch of the scripts; no files if all are patched. Writes nothing.
 
     Raises Refused if a script is missing or has an unknown form.
     """
@@ -43,7 +50,7 @@ def plan_train(tree: str | os.PathLike[str]) -> Patch:
             raise Refused(
                 f"{root / name} is missing or does not call {_CALLS[name]}, so nothing was "
                 "patched. Add `import neox_bridge.neox` as the first line of your own scripts that "
-                "launch and train."
+                "launch, train, evaluate and generate."
             )
         if (root / name).is_symlink():
             raise Refused(f"{root / name} is a link. Patch the tree that contains the file.")

@@ -116,6 +116,8 @@ class ExporterProcess:
             env={k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES},
             start_new_session=True,  # so that it finishes its step if the trainer is killed
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # it may hang on a dead disk
 
     def saved(self, iteration: int) -> None:
         """Tell the process that a step is complete. Never raises, and never waits for it.

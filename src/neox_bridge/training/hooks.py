@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from neox_bridge.training.keys import register
 _LAUNCHER = "deepy.py"
 _WRAPPED = "_neox_bridge"  # the attribute of a function that is wrapped
 _exporters: list[ExporterProcess] = []  # one on rank 0 if the run exports, none elsewhere
+_is_inference = ContextVar("is_inference", default=False)
 _loaded_models: list[Any] = []  # the engines of this setup, of which the first is trained
 
 
@@ -49,6 +51,8 @@ def install() -> None:
     _wrap("save_checkpoint", _save_checkpoint, checkpointing, training)
     _wrap("setup_model_and_optimizer", _setup_model_and_optimizer, training)
     _wrap("pretrain", _pretrain, training)
+    utils = importlib.import_module("megatron.utils")
+    _wrap("setup_for_inference_or_eval", _setup_for_inference, utils)
 
 
 def _wrap(name: str, wrapper: Callable[..., Any], *modules: ModuleType) -> None:
@@ -136,13 +140,22 @@ def _setup_model_and_optimizer(
 ) -> Any:
     """``setup_model_and_optimizer``, which also starts the process that exports saved steps."""
     _loaded_models.clear()
-    exports = exports_of(vars(neox_args))
+    exports = None if _is_inference.get() else exports_of(vars(neox_args))
     if exports is not None:
         _check_shared(exports.save)
     result = original(neox_args, *args, **kwargs)
     if exports is not None:
         _raise_first(_gather(_start_exporter(exports)))
     return result
+
+
+def _setup_for_inference(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``setup_for_inference_or_eval`` of eval.py and generate.py, whose runs export nothing."""
+    token = _is_inference.set(True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _is_inference.reset(token)
 
 
 def _start_exporter(exports: Exports) -> str:
