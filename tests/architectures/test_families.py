@@ -1,6 +1,7 @@
 """Llama and its relatives, both ways: bits, logits, and what can't be."""
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ from common import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures import ARCHITECTURES
@@ -343,6 +345,23 @@ def test_refused(
     with pytest.raises(Refused, match=key) as caught:
         plan_of(hf, tmp_path / "out", **options)
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "starcoder2", "stablelm", "qwen2"])
+def test_heads_that_no_setting_explains_are_an_error(family: str, tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family=family)
+    tensors = load_file(hf / "model.safetensors")
+    for name, tensor in tensors.items():
+        if re.search(r"[qkv]_proj\.", name):
+            tensors[name] = torch.cat([tensor, tensor])
+        elif "o_proj.weight" in name:
+            tensors[name] = torch.cat([tensor, tensor], 1).contiguous()
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    config = json.loads((hf / "config.json").read_text())
+    config.pop("head_dim", None)
+    (hf / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BridgeError, match="has no head_dim"):
+        open_checkpoint(str(hf))
 
 
 def test_stablelm_with_norms_of_q_and_k_is_refused_by_its_key(tmp_path: Path) -> None:

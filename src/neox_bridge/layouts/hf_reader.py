@@ -159,6 +159,13 @@ def checkpoint_of(
     _check_names(architecture, config, tensors, path)
     heads_key = architecture.hf_keys.get("num_attention_heads", "num_attention_heads")
     check_heads(config, dims, f"config.json: {heads_key}")
+    rows_of_q = dims.get("q", config.hidden)
+    if not raw.get("head_dim") and rows_of_q != config.hidden:
+        raise BridgeError(
+            f"{path}: the heads of q are {rows_of_q // config.heads} wide, but config.json has no "
+            f"head_dim, and its hidden size makes them {config.hidden // config.heads} wide. The "
+            "config belongs to another model, or head_dim is missing from it."
+        )
     findings = architecture.findings_hf_source(raw, config)
     findings += _check_sizes(raw, config, architecture)
     mismatch = check_inv_freq(config, inv_freqs)
