@@ -489,3 +489,11 @@ def test_a_folder_without_weights_cannot_be_opened_as_stored(qwen3: Path) -> Non
     (qwen3 / "model.safetensors").unlink()
     with pytest.raises(BridgeError, match="contains no weights"):
         open_as_stored(str(qwen3))
+
+
+def test_objects_that_are_not_tensors_are_named(models: Path, tmp_path: Path) -> None:
+    shutil.copy(models / "qwen3" / "config.json", tmp_path)
+    torch.save({"a.weight": torch.zeros(2), "epoch": 3}, tmp_path / "pytorch_model.bin")
+    (finding,) = facts_of(tmp_path)["findings"]
+    assert finding["code"] == "not-tensors"
+    assert "epoch" in finding["message"]

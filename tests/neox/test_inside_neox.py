@@ -307,4 +307,4 @@ def test_the_launcher_passes_the_keys_on(
             [neox_python, str(copy / name)], capture_output=True, text=True, env=hidden
         )
         assert done.returncode == 1
-        assert "Install it: pip install neox-bridge" in done.stderr
+        assert "pip install ./neox-bridge" in done.stderr

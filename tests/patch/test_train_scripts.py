@@ -95,7 +95,7 @@ def test_without_neox_bridge_it_says_what_to_install(today: Path, script: str) -
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=today)
     assert done.returncode == 1
-    assert "Install it: pip install neox-bridge. Or restore" in done.stderr
+    assert "pip install ./neox-bridge. Or restore" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -536,7 +536,9 @@ def test_a_fixed_copy_leaves_out_the_folder_of_git_alone(tmp_path: Path) -> None
                 (Path(folder) / name).write_bytes(b"{}")
             else:
                 objects.put_small(f"{folder}/{name}", b"{}")
-        copies = {file.path for file in fixes._others(folder, lambda name: name == "config.json")}
+        copies = {
+            file.path for file in fixes.other_files(folder, lambda name: name == "config.json")
+        }
         assert copies == {".gitattributes", "notes/.gitignore"}
 
 

@@ -59,6 +59,8 @@ CANNOT = {
     "gpt_neo": "it does not scale the attention scores, and some of its layers have a window",
 }
 
+_NAME_CHARACTERS = 80  # of a model_type that an error shows
+
 
 def form_of(config: Mapping[str, Any]) -> Form | None:
     """The library whose format a config.json has; None for transformers."""
@@ -90,9 +92,9 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
             f"model: {reason}. It cannot be converted."
         )
     known = ", ".join(a.name for a in ARCHITECTURES)
+    name = repr(config.get("model_type"))[:_NAME_CHARACTERS]
     raise Refused(
-        f"config.json: model_type {config.get('model_type')!r} is not supported. This version "
-        f"converts {known}."
+        f"config.json: model_type {name} is not supported. This version converts {known}."
     )
 
 

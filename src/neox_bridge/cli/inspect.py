@@ -117,7 +117,7 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
         from neox_bridge.verification.drawing import check_plot
 
         check_plot(options.plot)
-    checkpoint = reading.open_any(path, by_ranges=not measured)
+    checkpoint = reading.open_any(path, by_ranges=not measured, always_configs=True)
     if isinstance(checkpoint, StoredModel):
         _inspect_stored(checkpoint, options, measured=measured, as_json=output.as_json)
         return

@@ -73,8 +73,11 @@ class Source:
             **more,
         )
 
-    def open_any(self, path: str, *, by_ranges: bool = False) -> Checkpoint | StoredModel:
-        """Open the checkpoint, or the weights as they are stored if they are of no known family."""
+    def open_any(self, path: str, **how: bool) -> Checkpoint | StoredModel:
+        """Open the checkpoint, or the weights as they are stored if they are of no known family.
+
+        how: by_ranges and always_configs of ``open_any``.
+        """
         from neox_bridge.layouts.open_stored import open_any
 
         return open_any(
@@ -83,7 +86,7 @@ class Source:
             step=self.step,
             configs=self.configs,
             gqa_order=self.gqa_order,
-            by_ranges=by_ranges,
+            **how,
         )
 
 

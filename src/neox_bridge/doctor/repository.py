@@ -270,7 +270,7 @@ class _Reader:
                 self._unreadable(path, error)
                 unread.add(file)
                 continue
-            classes |= quantized
+            classes |= {name: kind for name, kind in quantized.items() if kind}
             for key, tensor in stored.items():
                 wanted = one.weight_map.get(key)
                 if key in homes:

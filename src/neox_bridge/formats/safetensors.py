@@ -20,6 +20,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 
 _MAX_HEADER_BYTES = 32 << 20  # the library accepts 100 MB; headers of models have less than 1 MB
 _MAX_DIMENSIONS = 64
+_DTYPE_CHARACTERS = 20  # the longest name that the library knows has 11
 _MAX_BYTES = 2**63
 
 
@@ -115,6 +116,8 @@ def _entry(path: str, name: str, entry: object, start: int) -> Entry:
         assert isinstance(entry, dict)
         dtype, shape, (low, high) = entry["dtype"], entry["shape"], entry["data_offsets"]
         assert isinstance(dtype, str)
+        assert dtype.isprintable()
+        assert len(dtype) <= _DTYPE_CHARACTERS
         assert isinstance(shape, list)
         assert all(type(n) is int and n >= 0 for n in (*shape, low, high))
     except (AssertionError, KeyError, TypeError, ValueError):
@@ -141,7 +144,7 @@ def _ref(path: str, name: str, entry: Entry) -> TensorRef:
         )
     if entry.dtype not in BY_SAFETENSORS:
         raise Refused(
-            f"{path}: {name} has the dtype {entry.dtype[:20]!r}, which this version does not know. "
+            f"{path}: {name} has the dtype {entry.dtype!r}, which this version does not know. "
             "It cannot be converted. `neox-bridge inspect` shows the tensors."
         )
     return TensorRef(path, entry.offset, BY_SAFETENSORS[entry.dtype].name, entry.shape)

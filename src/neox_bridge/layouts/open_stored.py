@@ -29,6 +29,7 @@ def open_any(
     configs: Sequence[str] = (),
     gqa_order: GqaOrder | None = None,
     by_ranges: bool = False,
+    always_configs: bool = False,
 ) -> Checkpoint | StoredModel:
     """``open_checkpoint``, or the weights as they are stored if they are of no known family.
 
@@ -39,6 +40,7 @@ def open_any(
         configs: See there.
         gqa_order: See there.
         by_ranges: Read a Hub model there, instead of downloading it.
+        always_configs: Read configs in any case, not only if the checkpoint has no yml.
 
     Raises:
         BridgeError: A file is damaged or missing.
@@ -47,9 +49,10 @@ def open_any(
     place = find_place(source, revision, step, by_ranges=by_ranges)
     try:
         try:
-            return open_place(source, place, step=step, gqa_order=gqa_order)
+            named = configs if always_configs else ()
+            return open_place(source, place, step=step, configs=named, gqa_order=gqa_order)
         except SettingsMissing:
-            if not configs:
+            if not configs or always_configs:
                 raise
             return open_place(source, place, step=step, configs=configs, gqa_order=gqa_order)
     except ChoiceNeeded:

@@ -33,7 +33,6 @@ CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "modules.js
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".txt")
 _DEPTH = 2  # levels of folders below the repository that may contain components
 _UNDECODED = ("complex64", "complex128")  # they are two numbers each
-_LABEL_CHARACTERS = 40
 
 
 def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | None:
@@ -172,7 +171,12 @@ def read_component(
             f"{absent} does not contain {some(missing)}, although {weights.index} says so. "
             f"{unfinished_download(folder) or 'Download the files again.'}"
         )
-    findings = _findings(weights, tensors, homes, twice, complete=not classes)
+    others = sorted(name for name, kind in classes.items() if not kind)
+    findings = [
+        *_findings(weights, tensors, homes, twice, complete=not classes),
+        *_no_tensors(weights, others),
+    ]
+    classes = {name: kind for name, kind in classes.items() if kind}
     return (
         Component(
             name,
@@ -189,7 +193,9 @@ def read_component(
 
 
 def read_file(path: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
-    """The tensors of a weight file by name, and the classes of those that are quantized objects.
+    """The tensors of a weight file by name, and its other objects.
+
+    Those are the classes of quantized tensors by name, and "" for what is no tensor.
 
     Raises BridgeError, which names the file, if it is damaged.
     """
@@ -200,11 +206,14 @@ def read_file(path: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
     from neox_bridge.formats.torch_file import read_torch
 
     value = state_dict_of(read_torch(path), path)
-    classes = {key: kind for key, value in value.items() if (kind := quantized_class(value))}
+    tensors = tensors_of(value, path)
+    others = {
+        str(key): quantized_class(entry) for key, entry in value.items() if key not in tensors
+    }
     return {
         name: StoredTensor(ref.dtype, ref.shape, ref, ref.dtype not in _UNDECODED)
-        for name, ref in tensors_of(value, path).items()
-    }, classes
+        for name, ref in tensors.items()
+    }, others
 
 
 def of_quantized(folder: QuantizedFolder, reason: str) -> StoredModel:
@@ -228,8 +237,7 @@ def _stored(path: str, entry: Entry) -> StoredTensor:
     if dtype is not None and dtype.name not in _UNDECODED:
         ref = TensorRef(path, entry.offset, dtype.name, entry.shape)
         return StoredTensor(dtype.name, entry.shape, ref)
-    label = entry.dtype[:_LABEL_CHARACTERS]
-    label = dtype.name if dtype is not None else label if label.isprintable() else repr(label)
+    label = entry.dtype if dtype is None else dtype.name
     ref = TensorRef(path, entry.offset, "uint8", (entry.nbytes,))
     return StoredTensor(label, entry.shape, ref, decoded=False)
 
@@ -262,6 +270,18 @@ def _findings(
             f"the index file of {len(weights.files)} shards ({weights.name}) is missing. "
             "transformers would not load them",
             subject="missing index",
+        )
+
+
+def _no_tensors(weights: WeightSet, names: list[str]) -> Iterator[Finding]:
+    """The finding about pickled objects that are not tensors."""
+    if names:
+        yield Finding(
+            "not-tensors",
+            "warning",
+            f"{weights.name} contains objects that are not tensors, which are not read: "
+            f"{some(names)}",
+            "save the weights as safetensors, which contain tensors only",
         )
 
 

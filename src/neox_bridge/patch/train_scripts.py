@@ -23,7 +23,8 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit(
         "neox-bridge: this script is patched to load and save Hugging Face models, and "
-        "neox-bridge is not installed in this Python. Install it: pip install neox-bridge. "
+        "neox-bridge is not installed in this Python. Install it from a clone: "
+        "pip install ./neox-bridge. "
         "Or restore the script: neox-bridge patch --revert."
     )
 
