@@ -115,7 +115,9 @@ def test_only_headers_are_read_to_open(store: Store, hf: Path, neox: Path) -> No
             map(os.path.basename, found.files)
         )
         assert not [r for r in weights if not r.range]
-    listings = [r for r in store.requests if "list-type" in r.query]
+    # the last request of the other folder may be noted after the list was cleared
+    mine = [r for r in store.requests if "open%2Fneox" in r.query]
+    listings = [r for r in mine if "list-type" in r.query]
     assert len(listings) <= 8  # one that found nothing is asked for twice
 
 
