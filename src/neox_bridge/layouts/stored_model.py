@@ -73,6 +73,17 @@ class Component:
         """The name of a tensor in the repository."""
         return f"{self.name}/{name}" if self.name else name
 
+    @cached_property
+    def patterns(self) -> "tuple[Pattern, ...]":
+        """The tensors as patterns of their names in the repository."""
+        counts: dict[tuple[str, str, tuple[int, ...]], tuple[str, int, int]] = {}
+        for name, tensor in self.tensors.items():
+            full = self.full_name(name)
+            key = (_NUMBER.sub("#", full), tensor.dtype, tensor.shape)
+            first, count, nbytes = counts.get(key, (full, 0, 0))
+            counts[key] = (first, count + 1, nbytes + tensor.ref.nbytes)
+        return tuple(Pattern(*key, *totals) for key, totals in counts.items())
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -196,9 +207,4 @@ class Pattern:
 
 def patterns(model: StoredModel) -> tuple[Pattern, ...]:
     """The tensors as patterns, in the order in which they are stored."""
-    counts: dict[tuple[str, str, tuple[int, ...]], tuple[str, int, int]] = {}
-    for name, tensor in model.stored.items():
-        key = (_NUMBER.sub("#", name), tensor.dtype, tensor.shape)
-        first, count, nbytes = counts.get(key, (name, 0, 0))
-        counts[key] = (first, count + 1, nbytes + tensor.ref.nbytes)
-    return tuple(Pattern(*key, *totals) for key, totals in counts.items())
+    return tuple(pattern for component in model.components for pattern in component.patterns)
