@@ -1,4 +1,4 @@
-"""Comparing two folders, file by file."""
+"""Comparing folders, file by file."""
 
 import filecmp
 from pathlib import Path
@@ -13,3 +13,9 @@ def same_tree(first: Path, second: Path, but: tuple[str, ...] = ()) -> None:
     for name in names[0]:
         if not name.endswith(but or ("\0",)):
             assert filecmp.cmp(first / name, second / name, shallow=False), name
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from stand_in_trees import NAMES
+from file_trees import content
 
 from neox_bridge import BridgeError, Refused
 from neox_bridge.extras import install_command
@@ -33,24 +33,8 @@ ROTARY = "sequential.2.attention.rotary_emb."
 COUNT = itertools.count()
 
 
-@pytest.fixture(params=NAMES)
-def tree(request: pytest.FixtureRequest, trees: Mapping[str, Path], tmp_path: Path) -> Path:
-    return copy_of(trees, request.param, tmp_path)
-
-
-@pytest.fixture
-def today(trees: Mapping[str, Path], tmp_path: Path) -> Path:
-    return copy_of(trees, "today", tmp_path)
-
-
 def copy_of(trees: Mapping[str, Path], name: str, folder: Path) -> Path:
     return Path(shutil.copytree(trees[name], folder / name))
-
-
-def content(tree: Path) -> dict[str, bytes]:
-    """Every file of a tree."""
-    files = (path for path in sorted(tree.rglob("*")) if path.is_file())
-    return {str(path.relative_to(tree)): path.read_bytes() for path in files}
 
 
 def patched(tree: Path) -> Path:

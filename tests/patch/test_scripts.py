@@ -21,6 +21,7 @@ import yaml
 from checkpoint_edits import tokenizer
 from commands import run
 from common import FIXTURES, TESTS, fixture, make_hf, step_of
+from file_trees import content
 from raw_llama import write_raw
 from stand_in_trees import NAMES, scripts_of
 
@@ -30,22 +31,6 @@ from neox_bridge.patch.scripts import SCRIPTS, hook_source, plan_scripts
 
 FOLDER = Path("tools/ckpts")
 SRC = str(TESTS.parent / "src")
-
-
-@pytest.fixture(params=NAMES)
-def tree(request: pytest.FixtureRequest, trees: Mapping[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trees[request.param], tmp_path / request.param))
-
-
-@pytest.fixture
-def today(trees: Mapping[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trees["today"], tmp_path / "today"))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def edit(tree: Path, script: str, old: str, new: str) -> None:

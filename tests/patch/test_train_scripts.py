@@ -5,33 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from commands import run
-from stand_in_trees import NAMES
+from file_trees import content
 
 from neox_bridge import Refused
 from neox_bridge.patch.patcher import KEPT, apply, plan_patch, revert
 from neox_bridge.patch.train_scripts import IMPORT, plan_train
 
 SCRIPTS = ("train.py", "deepy.py", "eval.py", "generate.py")
-
-
-@pytest.fixture(params=NAMES)
-def tree(request: pytest.FixtureRequest, trees: Mapping[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trees[request.param], tmp_path / request.param))
-
-
-@pytest.fixture
-def today(trees: Mapping[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trees["today"], tmp_path / "today"))
-
-
-def content(tree: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(tree.rglob("*")) if path.is_file())
-    return {str(path.relative_to(tree)): path.read_bytes() for path in files}
 
 
 def test_adds_the_import_before_all_others(tree: Path) -> None:

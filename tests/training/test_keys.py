@@ -31,7 +31,7 @@ def test_the_keys_are_accepted(megatron: Megatron) -> None:
 def test_they_have_the_types_that_gpt_neox_checks(megatron: Megatron) -> None:
     register(megatron.arguments)
     fields = megatron.arguments.NeoXArgs.__dataclass_fields__
-    assert {key.name: fields[key.name].type for key in KEYS} == {
+    assert {name: fields[name].type for name in KEYS} == {
         "save_hf": str,
         "save_hf_interval": int,
         "save_hf_keep": int,

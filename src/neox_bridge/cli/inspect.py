@@ -131,12 +131,7 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     if measured:
         statistics, faults = _measured(checkpoint, options)
     if output.as_json:
-        facts["findings"] += map(finding_json, faults)
-        if options.tensors:
-            facts["tensors"] = _tensors(checkpoint)
-        if statistics is not None:
-            facts["stats"] = stats_json(statistics)
-        print_json(facts)
+        _print_json(facts, _tensors(checkpoint) if options.tensors else None, statistics, faults)
         return
     lines = summary_lines(facts)
     if options.optimizer:
@@ -155,7 +150,6 @@ def _inspect_stored(
 ) -> None:
     """Print what is known of weights without a family."""
     from neox_bridge.cli.inspect_stored import describe_stored, print_stored, stored_tensors
-    from neox_bridge.findings import finding_json
 
     if options.optimizer:
         reason = f"{model.path} has no optimizer states that this version can read"
@@ -166,17 +160,29 @@ def _inspect_stored(
     if measured:
         statistics, faults = _measured(model, options)
     if as_json:
-        facts["findings"] += map(finding_json, faults)
-        if options.tensors:
-            facts["tensors"] = stored_tensors(model)
-        if statistics is not None:
-            facts["stats"] = stats_json(statistics)
-        print_json(facts)
+        _print_json(facts, stored_tensors(model) if options.tensors else None, statistics, faults)
         return
     print_stored(model, facts, tensors=options.tensors, patterns=statistics is None)
     if statistics is not None:
         print_stats(statistics)
     tell_findings(faults, quiet=False)
+
+
+def _print_json(
+    facts: dict[str, Any],
+    tensors: list[dict[str, Any]] | None,
+    statistics: list[Statistics] | None,
+    faults: list[Finding],
+) -> None:
+    """Print the facts as JSON, with what else was asked for."""
+    from neox_bridge.findings import finding_json
+
+    facts["findings"] += map(finding_json, faults)
+    if tensors is not None:
+        facts["tensors"] = tensors
+    if statistics is not None:
+        facts["stats"] = stats_json(statistics)
+    print_json(facts)
 
 
 def _measured(

@@ -17,13 +17,14 @@ from neox_bridge.formats.file_kinds import HEAD_BYTES, FileKind, is_stand_in, mi
 from neox_bridge.layouts.folder_kinds import unfinished_files
 from neox_bridge.layouts.index_findings import index_findings
 from neox_bridge.layouts.linked_files import brought_along
-from neox_bridge.layouts.stored_model import Component, StoredModel, StoredTensor
+from neox_bridge.layouts.stored_model import Component, StoredModel
 from neox_bridge.layouts.stored_reader import (
+    MergedFiles,
     quantization_as_stored,
     read_file,
     weight_folders,
 )
-from neox_bridge.layouts.text_files import LARGE_BYTES, list_folder, read_json
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_entries, tokenizer_files
 from neox_bridge.layouts.weight_sets import (
     WeightSet,
@@ -109,8 +110,8 @@ def read_repository(path: str, reason: str, revision: str = "") -> Repository:
         BridgeError: A folder cannot be listed.
     """
     reader = _Reader(absolute(path), revision)
-    for folder, below in weight_folders(reader.path):
-        reader.list_sets(folder, below)
+    for folder, below, names in weight_folders(reader.path):
+        reader.list_sets(folder, below, names)
     pickled = all(one.pickled for _, _, one in reader.sets)
     components = [
         reader.component(folder, below, one)
@@ -157,9 +158,8 @@ class _Reader:
         self._names: set[str] = set()
         self._unindexed: set[str] = set()  # folders whose index is damaged
 
-    def list_sets(self, folder: str, below: str) -> None:
+    def list_sets(self, folder: str, below: str, names: Sequence[str]) -> None:
         """Find the sets of weights in a folder, and which of them are left over."""
-        names = list_folder(folder)
         if is_local(folder):
             dangling = [n for n in names if _leads_nowhere(os.path.join(folder, n))]
             self._dangling += [os.path.join(below, name) for name in dangling]
@@ -257,12 +257,9 @@ class _Reader:
         files = [file for file in one.files if file not in one.absent]
         paths = [os.path.join(folder, file) for file in files]
         self._absent(folder, one)
-        tensors: dict[str, StoredTensor] = {}
-        homes: dict[str, str] = {}
-        twice: dict[str, str] = {}
+        merged = MergedFiles(one)
         classes: dict[str, str] = {}
         unread = set(one.absent)
-        clashes: dict[str, str] = {}
         for file, path in zip(files, ahead(paths), strict=True):
             try:
                 stored, quantized = read_file(path)
@@ -271,23 +268,16 @@ class _Reader:
                 unread.add(file)
                 continue
             classes |= {name: kind for name, kind in quantized.items() if kind}
-            for key, tensor in stored.items():
-                wanted = one.weight_map.get(key)
-                if key in homes:
-                    twice[key] = file if homes[key] == wanted else homes[key]
-                    if wanted is None:
-                        clashes[key] = f"{homes[key]} and {file}"
-                    if file != wanted:
-                        continue
-                tensors[key], homes[key] = tensor, file
+            merged.add(file, stored)
+        tensors = merged.tensors
         lost = [
             key
             for key, file in one.weight_map.items()
             if key not in tensors and key not in classes and file not in unread
         ]
         self._lost(one, lost)
-        self._clashes(clashes)
-        is_whole = not unread and not lost and not clashes
+        self._clashes(merged.clashes)
+        is_whole = not unread and not lost and not merged.clashes
         component = Component(
             name,
             folder,
@@ -299,7 +289,7 @@ class _Reader:
         )
         self.classes |= {component.full_name(key): kind for key, kind in classes.items()}
         if is_shard(files[0] if files else ""):
-            self._check_index(folder, below, one, component, homes, twice, is_whole)
+            self._check_index(folder, below, one, component, merged, is_whole=is_whole)
         return component
 
     def _check_index(
@@ -308,8 +298,8 @@ class _Reader:
         below: str,
         one: WeightSet,
         component: Component,
-        homes: Mapping[str, str],
-        twice: Mapping[str, str],
+        merged: MergedFiles,
+        *,
         is_whole: bool,
     ) -> None:
         """Compare an index with the shards, or report that it is missing."""
@@ -317,6 +307,7 @@ class _Reader:
         complete = is_whole and not component.tensors.keys() & self.classes.keys()
         one = replace(one, unnamed=())  # reported by ``list_sets``
         refs = {key: tensor.ref for key, tensor in component.tensors.items()}
+        homes = merged.homes
         wrong = list(index_findings(one, refs, homes, {}, complete=complete)) if one.index else []
         fix = ""
         if complete:
@@ -327,8 +318,8 @@ class _Reader:
         self.findings += [replace(one, remedy=fix or one.remedy) for one in wrong]
         if not one.index and folder not in self._unindexed:
             self.findings.append(_no_index(one, fix))
-        if twice and one.index:
-            self.findings += index_findings(one, {}, {}, twice, complete=False)
+        if merged.twice and one.index:
+            self.findings += index_findings(one, {}, {}, merged.twice, complete=False)
 
     def _fix_command(self) -> Command:
         """The command that writes a copy with a right index."""
@@ -382,7 +373,7 @@ class _Reader:
             )
         )
 
-    def _clashes(self, clashes: Mapping[str, str]) -> None:
+    def _clashes(self, clashes: Mapping[str, tuple[str, str]]) -> None:
         if clashes:
             first = min(clashes, key=natural)
             self.damage.append(
@@ -390,7 +381,7 @@ class _Reader:
                     "two-copies",
                     "error",
                     f"two files contain {plural(len(clashes), 'tensor')}: {first} is in "
-                    f"{clashes[first]}",
+                    f"{' and '.join(clashes[first])}",
                     "remove the file that does not belong to the model",
                     details=Details(
                         wrong=tuple(sorted(clashes, key=natural)[:_MOST_NAMES]),

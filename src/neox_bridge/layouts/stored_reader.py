@@ -1,7 +1,7 @@
 """Reads the weights of any model as they are stored: names, shapes, dtypes and places."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,24 +95,32 @@ def open_stored(path: str, reason: str, revision: str = "") -> StoredModel | Non
 
 def _places(path: str, left: list[str]) -> Iterator[tuple[str, str, WeightSet]]:
     """Every set of weights, with its folder and the path of that folder below the repository."""
-    for folder, below in weight_folders(path, left):
-        for one in weight_sets(folder, list_folder(folder)):
+    for folder, below, names in weight_folders(path, left):
+        for one in weight_sets(folder, names):
             yield folder, below, one
 
 
-def weight_folders(path: str, left: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """The folders of a repository that may contain weights, with their paths below it.
+def weight_folders(
+    path: str, left: list[str] | None = None
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """The folders of a repository that may contain weights.
 
     left: gets the folders of other steps, which do not count.
+
+    Yields:
+        The folder, its path below the repository, and the names in it.
     """
     yield from _folders(path, "", 0, [] if left is None else left)
 
 
-def _folders(folder: str, below: str, depth: int, left: list[str]) -> Iterator[tuple[str, str]]:
-    yield folder, below
+def _folders(
+    folder: str, below: str, depth: int, left: list[str]
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    names = list_folder(folder)
+    yield folder, below, names
     if depth == _DEPTH:
         return
-    for name in list_folder(folder):
+    for name in names:
         inner = os.path.join(folder, name)
         if name.startswith((".", "__")) or name.endswith(_FILES) or not isdir(inner):
             continue
@@ -144,26 +152,19 @@ def read_component(
             f"{first} is missing, although {listed} it{f' ({what})' if what else ''}. "
             f"{unfinished_download(folder) or 'Download it.'}"
         )
-    tensors: dict[str, StoredTensor] = {}
     classes: dict[str, str] = {}
-    homes: dict[str, str] = {}
-    twice: dict[str, str] = {}
+    merged = MergedFiles(weights)
     files = [os.path.join(folder, file) for file in weights.files]
     for file, path in zip(weights.files, ahead(files), strict=True):
         stored, quantized = read_file(path)
         classes |= quantized
-        for key, tensor in stored.items():
-            wanted = weights.weight_map.get(key)
-            if key in homes:
-                twice[key] = file if homes[key] == wanted else homes[key]
-                if wanted is None:
-                    raise BridgeError(
-                        f"{path} contains {key}, and so does {homes[key]}. No index tells which "
-                        "one is valid. Remove the file that does not belong to the model."
-                    )
-                if file != wanted:
-                    continue
-            tensors[key], homes[key] = tensor, file
+        merged.add(file, stored)
+        for key, (home, _) in merged.clashes.items():
+            raise BridgeError(
+                f"{path} contains {key}, and so does {home}. No index tells which one is valid. "
+                "Remove the file that does not belong to the model."
+            )
+    tensors = merged.tensors
     missing = sorted(set(weights.weight_map) - set(tensors) - set(classes))
     if missing:
         absent = os.path.join(folder, weights.weight_map[missing[0]])
@@ -173,7 +174,7 @@ def read_component(
         )
     others = sorted(name for name, kind in classes.items() if not kind)
     findings = [
-        *_findings(weights, tensors, homes, twice, complete=not classes),
+        *_findings(weights, merged, complete=not classes),
         *_no_tensors(weights, others),
     ]
     classes = {name: kind for name, kind in classes.items() if kind}
@@ -190,6 +191,36 @@ def read_component(
         ),
         classes,
     )
+
+
+class MergedFiles:
+    """The tensors of the files of one set. One in two files is taken from the file in the index.
+
+    Attributes:
+        tensors: The tensors by name.
+        homes: The file that each is taken from.
+        twice: The other file of each tensor that is in two.
+        clashes: The first and the last file of tensors that are in two, if no index decides.
+    """
+
+    def __init__(self, weights: WeightSet) -> None:
+        self._weight_map = weights.weight_map
+        self.tensors: dict[str, StoredTensor] = {}
+        self.homes: dict[str, str] = {}
+        self.twice: dict[str, str] = {}
+        self.clashes: dict[str, tuple[str, str]] = {}
+
+    def add(self, file: str, stored: Mapping[str, StoredTensor]) -> None:
+        """Add the tensors of the next file."""
+        for key, tensor in stored.items():
+            wanted, home = self._weight_map.get(key), self.homes.get(key)
+            if home is not None:
+                self.twice[key] = file if home == wanted else home
+                if wanted is None:
+                    self.clashes[key] = (home, file)
+                if file != wanted:
+                    continue
+            self.tensors[key], self.homes[key] = tensor, file
 
 
 def read_file(path: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
@@ -251,18 +282,11 @@ def _config(folder: str) -> Mapping[str, Any]:
     return {}
 
 
-def _findings(
-    weights: WeightSet,
-    tensors: Mapping[str, StoredTensor],
-    homes: Mapping[str, str],
-    twice: Mapping[str, str],
-    *,
-    complete: bool,
-) -> Iterator[Finding]:
+def _findings(weights: WeightSet, merged: MergedFiles, *, complete: bool) -> Iterator[Finding]:
     """What is odd about the files of a set."""
     if weights.index:
-        refs = {name: tensor.ref for name, tensor in tensors.items()}
-        yield from index_findings(weights, refs, homes, twice, complete=complete)
+        refs = {name: tensor.ref for name, tensor in merged.tensors.items()}
+        yield from index_findings(weights, refs, merged.homes, merged.twice, complete=complete)
     elif len(weights.files) > 1:
         yield Finding(
             "no-index",

@@ -6,30 +6,17 @@ the classes are made anew, so that the launcher passes the values on to every ra
 """
 
 import dataclasses
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Key:
-    """One key. Its default is None: the feature is off.
-
-    Attributes:
-        kind: The type of its value.
-        text: The docstring of the field in GPT-NeoX.
-    """
-
-    name: str
-    kind: type
-    text: str
-
-
-KEYS = (
-    Key("save_hf", str, "Folder in which saved steps are written in Hugging Face format too."),
-    Key("save_hf_interval", int, "Iterations between exports. Default: every saved step."),
-    Key("save_hf_keep", int, "How many exported steps to keep. Default: all."),
-    Key("push_to_hub", str, "Repository ORG/NAME to which exports are pushed, as branches."),
-)
+# the type of each key's value; the default is None, with which the feature is off
+KEYS: Mapping[str, type] = {
+    "save_hf": str,  # folder in which saved steps are written in Hugging Face format too
+    "save_hf_interval": int,  # iterations between exports; otherwise every saved step is exported
+    "save_hf_keep": int,  # how many exported steps to keep; otherwise all
+    "push_to_hub": str,  # ORG/NAME, to which exports are pushed as branches
+}
 
 
 def register(arguments: ModuleType) -> None:
@@ -38,13 +25,13 @@ def register(arguments: ModuleType) -> None:
     arguments: ``megatron.neox_arguments.arguments``.
     """
     args: Any = arguments.NeoXArgs
-    missing = [key for key in KEYS if key.name not in args.__dataclass_fields__]
+    missing = [name for name in KEYS if name not in args.__dataclass_fields__]
     if not missing:
         return
     owner: Any = arguments.NeoXArgsTraining
-    for key in missing:
-        owner.__annotations__[key.name] = key.kind
-        setattr(owner, key.name, None)
+    for name in missing:
+        owner.__annotations__[name] = KEYS[name]
+        setattr(owner, name, None)
     for cls in (owner, args):
         del cls.__init__  # dataclass() keeps one that exists
         dataclasses.dataclass(cls)

@@ -100,6 +100,14 @@ def one_sided(name: str, shape: Shape, *, is_first: bool) -> Difference:
     return Difference(name, kind, prod(shape), detail=f"{kind}, {list(shape)}")
 
 
+def with_dtypes(difference: Difference, first: str, second: str) -> Difference:
+    """The difference, with both dtypes if they differ and nothing else explains it."""
+    if first == second or difference.detail or difference.kind not in ("equal", "values"):
+        return difference
+    kind: DifferenceKind = "dtype" if difference.kind == "equal" else "values"
+    return replace(difference, kind=kind, detail=f"{first} and {second}")
+
+
 def _one(
     name: str, a: Whole | None, b: Whole | None, row: Row | None, context: Context
 ) -> Difference:
@@ -111,8 +119,4 @@ def _one(
     padded = row is not None and row.weight.split == "vocab" and a.shape[0] != b.shape[0]
     if padded and all(zero_beyond(whole, rows, context) for whole in (a, b)):
         a, b = with_rows(a, rows), with_rows(b, rows)
-    difference = compare(name, a, b, context)
-    if a.dtype != b.dtype and difference.kind in ("equal", "values"):
-        other: DifferenceKind = "dtype" if difference.kind == "equal" else "values"
-        return replace(difference, kind=other, detail=f"{a.dtype} and {b.dtype}")
-    return difference
+    return with_dtypes(compare(name, a, b, context), a.dtype, b.dtype)

@@ -1,7 +1,6 @@
 """Compares two Hugging Face repositories as they are stored: by name, shape, dtype and bits."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.stored_model import StoredModel, StoredTensor
@@ -10,7 +9,7 @@ from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.pieces import whole_of
 from neox_bridge.verification.compare import Difference, compare, each, matching, overflowed
 from neox_bridge.verification.config_differences import config_findings
-from neox_bridge.verification.diff import one_sided, weight_of
+from neox_bridge.verification.diff import one_sided, weight_of, with_dtypes
 from neox_bridge.verification.verify import Verification
 
 
@@ -37,12 +36,9 @@ def diff_stored(
         a, b = first.stored.get(name), second.stored.get(name)
         difference = _compare(name, a, b, context)
         context.wrote(sum(tensor.ref.nbytes for tensor in (a, b) if tensor), "copied")
-        if a is not None and b is not None and a.dtype != b.dtype:
-            if difference.kind == "equal":
-                return replace(difference, kind="dtype", detail=f"{a.dtype} and {b.dtype}")
-            if difference.kind == "values" and not difference.detail:
-                return replace(difference, detail=f"{a.dtype} and {b.dtype}")
-        return difference
+        if a is None or b is None:
+            return difference
+        return with_dtypes(difference, a.dtype, b.dtype)
 
     names = matching(pattern, sorted({*first.stored, *second.stored}))
     return sorted(each(names, one, context, workers), key=weight_of)
