@@ -342,7 +342,7 @@ class _Reader:
         tensors = sum(file in absent for file in one.weight_map.values())
         why = f"{named} say that the model has {total} shards"
         if one.index:
-            why = f"{one.index} says that they contain {plural(tensors, 'tensor')} of the model"
+            why = f"{one.index} places {plural(tensors, 'tensor')} of the model there"
         self.damage.append(
             Finding(
                 "missing-shards",
