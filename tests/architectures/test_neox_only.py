@@ -376,7 +376,7 @@ def test_heads_that_the_source_cannot_have_divided_are_refused(tmp_path: Path) -
     blocks = [_grouped(b, 1) for b in _blocks(norm="scale")]
     settings = {"norm": "rmsnorm", "num_kv_heads": 1}
     source = write(tmp_path / "source", model(blocks, norm="scale"), 2, settings)
-    with pytest.raises(BridgeError, match=r"num_kv_heads: GPT-NeoX cannot spread 1 heads over"):
+    with pytest.raises(BridgeError, match=r"num_kv_heads: GPT-NeoX cannot spread 1 head over"):
         open_checkpoint(str(source))
 
 

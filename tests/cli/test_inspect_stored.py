@@ -411,6 +411,20 @@ def test_a_folder_without_weights_keeps_its_error(qwen3: Path) -> None:
     assert "model_type 'qwen3'" in done.stderr
 
 
+def test_a_config_without_a_model_type(qwen3: Path, tmp_path: Path) -> None:
+    (qwen3 / "config.json").write_text('{"hidden_size": 32}')
+    reason = "model_type is missing from config.json, so the family of the model is unknown"
+    assert reason in run("inspect", qwen3).stdout
+    done = run("convert", qwen3, tmp_path / "out")
+    assert done.exit_code == 4
+    assert reason in done.stderr
+
+
+def test_one_element_of_one_tensor(qwen3: Path) -> None:
+    write_safetensors(qwen3 / "model.safetensors", {"w": ("BF16", [1], 2)})
+    assert "bfloat16 (1 element)" in run("inspect", qwen3).stdout
+
+
 def test_optimizer_states_are_not_expected(qwen3: Path) -> None:
     done = run("inspect", qwen3, "--optimizer")
     assert done.exit_code == 2

@@ -504,6 +504,10 @@ def test_no_tokenizer_and_a_larger_one(hf: Path, tmp_path: Path) -> None:
     assert codes(judged(folder, "transformers"), "warning") == {"tokenizer-larger"}
     (folder / "tokenizer.json").unlink()
     assert "no-tokenizer" in codes(judged(folder, "transformers"), "info")
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" * 301)  # pieces of sentencepiece
+    assert codes(judged(folder, "transformers"), "warning") == {"tokenizer-larger"}
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" * 299)
+    assert "no-tokenizer" not in codes(judged(folder, "transformers"), "info")
 
 
 # ---- the other framework, and what can't be

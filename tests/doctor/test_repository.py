@@ -513,6 +513,32 @@ def test_more_tokens_than_rows(single: Path) -> None:
     assert "97 entries" in examined(4, single)["tokenizer-larger"]["message"]
 
 
+def pieces(count: int) -> bytes:
+    """A sentencepiece model: a ModelProto of pieces with a score and a type, and a trainer_spec."""
+    texts = [f"piece{number}" * (1 + number % 30) for number in range(count)]
+    inner = [bytes([10, len(t) % 128 + 128, len(t) // 128]) + t.encode() for t in texts]
+    inner = [piece + b"\x15\x00\x00\x80\xbf\x18\x01" for piece in inner]
+    whole = [bytes([10, len(piece) % 128 + 128, len(piece) // 128]) + piece for piece in inner]
+    return b"".join(whole) + b"\x12\x03\x0a\x01x"
+
+
+def test_the_pieces_of_sentencepiece_are_counted(single: Path) -> None:
+    path = single / "tokenizer.model"
+    path.write_bytes(pieces(96))
+    assert "tokenizer-larger" not in examined(0, single)
+    path.write_bytes(pieces(97))
+    assert "97 entries" in examined(4, single)["tokenizer-larger"]["message"]
+    path.write_bytes(pieces(97)[:-9])  # not complete, so nothing is known of it
+    assert "tokenizer-larger" not in examined(0, single)
+    path.write_bytes(b"IQ== 0\nIg== 1\n" * 97)  # of tiktoken
+    assert "tokenizer-larger" not in examined(0, single)
+    path.write_bytes(pieces(90))
+    (single / "added_tokens.json").write_text(json.dumps({"special": 96}))
+    assert "97 entries" in examined(4, single)["tokenizer-larger"]["message"]
+    path.unlink()
+    assert "tokenizer-larger" not in examined(0, single)
+
+
 def test_a_tokenizer_without_a_vocabulary(single: Path) -> None:
     (single / "tokenizer.json").write_text("{}")
     assert "tokenizer-larger" not in examined(0, single)
@@ -595,6 +621,16 @@ def test_the_base_of_an_adapter(whole: Path, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     found = examined(4, adapter(tmp_path / "d", base_model_name_or_path=gone))
     assert gone in found["adapter-base"]["message"]
+
+
+def test_an_adapter_in_a_pickle_is_called_by_its_name(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", base_model_name_or_path="org/base")
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    done = run("doctor", folder, "--for", "transformers@4.52")
+    assert done.exit_code == 0, done.output
+    assert "the weights are pickles" in done.stdout
+    assert "pytorch_model.bin" not in done.stdout
 
 
 def test_an_adapter_beside_a_model(single: Path) -> None:

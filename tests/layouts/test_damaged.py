@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (saved(LAYER, {"norm.weight": 7}), f"{LAYER}: not a tensor: norm.weight"),
         (saved(LAYER, {7: 7}), f"{LAYER} has a key of the type int instead of a tensor name"),
         (saved(LAYER, {"a\x1b[2J": 7}), r"has a tensor with the name 'a\\x1b\[2J'"),
-        (saved(LAYER.replace("00", "99999999"), {}), "declares 1 layers on 100000000 ranks but"),
+        (saved(LAYER.replace("00", "99999999"), {}), "declares 1 layer on 100,000,000 ranks but"),
         (by_ranks(b"N"), f"{RANK} contains no weights"),
         (
             by_ranks(b"}" + text("transformer.h.0.attn") + tensor() + b"s"),

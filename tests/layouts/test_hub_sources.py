@@ -112,7 +112,7 @@ def test_without_a_network_the_cache_is_read(
 def test_names_that_are_not_there(hub: Stub) -> None:
     hub.put_files(RAW, "step8", FLAT)
     for repo, revision, words in (
-        (RAW, "step9", f"{RAW} has no step9. The nearest of its 1 steps are step8."),
+        (RAW, "step9", f"{RAW} has no step9. The nearest of 1 step: step8."),
         (RAW, "new", f"{RAW} has no branch, tag or commit new. It has step8."),
         ("EleutherAI/neox-ckpt-pythia-160", None, f"Did you mean {RAW}?"),
         ("org/absent", None, "org/absent: "),

@@ -179,6 +179,11 @@ def test_gpt_neox_files(tmp_path: Path) -> None:
         torch.save(tensors, path)
     with pytest.raises(QuantizedModel, match="unquantized"):
         open_checkpoint(str(source))
+    for words in (["inspect", source], ["diff", source, source], ["verify", source, source]):
+        done = run(*words, "--optimizer")
+        assert done.exit_code == 2
+        reason = f"the weights of {step_of(source)} are quantized, so its optimizer states cannot"
+        assert reason in done.stderr
 
 
 INTEGERS = [
@@ -254,7 +259,7 @@ def test_odd_dtypes_of_gpt_neox_files(dtype: torch.dtype, tmp_path: Path) -> Non
     ):
         done = run(*command)
         assert done.exit_code == 4, done.stderr
-        assert "weights are" in done.stderr
+        assert "weights of" in done.stderr
     done = run("convert", source, tmp_path / "out", "--dtype", "float32")
     assert done.exit_code == (4 if dtype == torch.int8 else 0)
     if dtype != torch.int8:
@@ -310,4 +315,4 @@ def test_integers_never_equal_weights(hf: Path, tmp_path: Path) -> None:
         assert "int8" in done.output
     done = run("audit", source)
     assert done.exit_code == 3
-    assert "weights are int8" in done.output
+    assert "weights of int8" in done.output

@@ -582,6 +582,7 @@ def test_a_layout_and_its_stages(layout: Any, pp: Any, wrong: bool) -> None:
 
 def checkpoint(*, neox: bool, grouped: bool = False) -> Any:
     return SimpleNamespace(
+        kind="neox" if neox else "hf",
         neox=SimpleNamespace() if neox else None,
         path="the/path",
         config=SimpleNamespace(grouped_query=grouped),

@@ -88,7 +88,7 @@ def test_drifted_biases_are_reported(tmp_path: Path) -> None:
     """The ranks' biases of made_up are random, so they differ, and no single model equals them."""
     root = write(made_up(tp=2), Zero3(dp=2), tmp_path / "run")
     out = run("convert", root, tmp_path / "hf")
-    assert "8 biases differ between tensor-parallel ranks" in out
+    assert "the tensor-parallel ranks differ in 8 biases" in out
 
 
 def test_frozen_parameters_are_in_the_model_files(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_values_that_become_too_small_are_counted(tmp_path: Path) -> None:
     write(piece.source, torch.tensor([1e-45, 3e-45, 5.6e-45]).numpy().tobytes())
     _, result = reshard(source, tmp_path / "new", micro_batch=2)
     assert [found.code for found in result.findings] == ["scaled-states-rounded"]
-    assert result.findings[0].message.startswith("2 values of 1 optimizer states")
+    assert result.findings[0].message.startswith("2 values of 1 optimizer state ")
 
 
 # --- engines, optimizers -------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_in_a_store() -> None:
         ("rm zero/2.input_layernorm.bias/step.pt", "not all parameters have the same step"),
         ("cp zero/optimizer_state.pt zero/5.norm.bias/fp32.pt", "param is missing"),
         ("cp zero/5.norm.bias/fp32.pt zero/optimizer_state.pt", "contains no param_groups"),
-        ("rm mp_rank_01_model_states.pt", "1 mp_rank files, of 2 tensor-parallel ranks"),
+        ("rm mp_rank_01_model_states.pt", "1 mp_rank file, of 2 tensor-parallel ranks"),
         (
             "cp zero/2.mlp.linear1.bias/fp32.pt zero/5.norm.bias/exp_avg.pt",
             "another. The files may",

@@ -174,7 +174,7 @@ DAMAGE: dict[str, tuple[Callable[[Any], object], str]] = {
     "ranks": (lambda v: v[BASE].update(partition_count=5), "partition_count is 5"),
     "numbers": (
         lambda v: v[BASE][BASE]["param_groups"][1].update(params=[]),
-        "refer to 1 sub-groups, but the model file lists 2",
+        "refer to 1 sub-group, but the model file lists 2",
     ),
     "a state": (lambda v: v[BASE][BASE]["state"][0].pop("exp_avg"), "states of 2 of 3 data-parall"),
     "a size": (

@@ -151,7 +151,7 @@ def test_biases_that_were_added_up(tmp_path: Path) -> None:
     source = convert(hf, tmp_path / "neox", tp=2, row_bias="split")
     (source / "global_step0" / "neox_bridge.json").unlink()
     text = card(source, tmp_path / "one")
-    assert "Of 2 biases each rank held a part, and the parts were added up." in text
+    assert "Each rank held a part of 2 biases, and the parts were added up." in text
     assert "- **Dropped:** Nothing.\n" in text
 
 

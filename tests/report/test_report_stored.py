@@ -51,14 +51,22 @@ def test_a_model_compared_with_its_source(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_decoded(tmp_path: Path) -> None:
-    header = json.dumps({"w": {"dtype": "F4", "shape": [4, 8], "data_offsets": [0, 16]}})
-    data = len(header).to_bytes(8, "little") + header.encode() + bytes(16)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(data)
-    page = tmp_path / "report.html"
-    done = run("report", tmp_path / "model", "-o", page)
-    assert done.exit_code == 0, done.output
-    assert "not decoded" in page.read_text()
+    entries = {
+        "w": {"dtype": "F4", "shape": [4, 8], "data_offsets": [0, 16]},
+        "v": {"dtype": "I64", "shape": [2], "data_offsets": [16, 32]},
+    }
+    for count, verdict in (
+        (2, "Sound: 1 tensor without NaN, infinities or dead weights; 1 not decoded"),
+        (1, "Not judged: 1 tensor not decoded"),
+    ):
+        header = json.dumps(dict(list(entries.items())[:count]))
+        data = len(header).to_bytes(8, "little") + header.encode() + bytes(16 * count)
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "model.safetensors").write_bytes(data)
+        page = tmp_path / "report.html"
+        done = run("report", tmp_path / "model", "-o", page, "--overwrite")
+        assert done.exit_code == 0, done.output
+        assert verdict in page.read_text()
 
 
 def test_an_audit_says_how_each_step_was_read(tmp_path: Path) -> None:

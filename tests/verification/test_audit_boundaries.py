@@ -811,7 +811,7 @@ def test_an_optimizer_that_counts_otherwise_than_its_run() -> None:
     steps[2] = replace(steps[2], updates=(1,))
     (fault,) = state_faults(steps, [])
     assert (fault.code, fault.steps) == ("other-count", ("3",))
-    assert "it counts 1 steps" in fault.message
+    assert "it counts 1 step," in fault.message
     assert "by the other steps of the run it should be 3" in fault.message
     steps[2] = replace(steps[2], updates=(3, 2))
     (apart,) = state_faults(steps, [])

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,15 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     rest = load_file(hf / "model.safetensors")[name].double().nan_to_num(0, 0, 0)
     assert found.bad == 3
     assert found.norm == pytest.approx(float(rest.norm()), rel=1e-12)
+
+
+def test_a_signaling_nan_is_counted_without_a_warning(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    name = "embed_out.weight"
+    change(hf, name, lambda t: t.view(torch.int32)[0, 0].fill_(0x7F80_0001))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prints(hf)[name].bad == 1
 
 
 def older(root: Path) -> None:

@@ -92,7 +92,12 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
             f"model: {reason}. It cannot be converted."
         )
     known = ", ".join(a.name for a in ARCHITECTURES)
-    name = repr(config.get("model_type"))[:_NAME_CHARACTERS]
+    if config.get("model_type") is None:
+        raise Refused(
+            "model_type is missing from config.json, so the family of the model is unknown. Add "
+            f"it: this version converts {known}."
+        )
+    name = repr(config["model_type"])[:_NAME_CHARACTERS]
     raise Refused(
         f"config.json: model_type {name} is not supported. This version converts {known}."
     )

@@ -42,6 +42,7 @@ from neox_bridge.architectures.starcoder2 import ARCHITECTURE as STARCODER2
 from neox_bridge.errors import Refused
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
+from neox_bridge.wording import plural
 
 NAME = "neox_only"
 
@@ -467,7 +468,9 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
         reasons += refusals([("moe_num_experts", True, whole)])
     kv_heads = number("num_kv_heads", raw.get("num_kv_heads") or 0, int)
     if kv_heads % tp and tp == model.tp:  # contradictory files; targets are checked elsewhere
-        reason = f"GPT-NeoX cannot spread {kv_heads} heads over the {tp} ranks of these files"
+        reason = (
+            f"GPT-NeoX cannot spread {plural(kv_heads, 'head')} over the {tp} ranks of these files"
+        )
         reasons += refusals([("num_kv_heads", True, reason)], way_out="correct the yml")
     if tp != model.tp and fixed:
         name, why = next(iter(fixed.items()))

@@ -118,10 +118,10 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
 
         check_plot(options.plot)
     checkpoint = reading.open_any(path, by_ranges=not measured, always_configs=True)
+    check_optimizer(options.optimizer, checkpoint)
     if isinstance(checkpoint, StoredModel):
         _inspect_stored(checkpoint, options, measured=measured, as_json=output.as_json)
         return
-    check_optimizer(options.optimizer, checkpoint)
     facts = describe(checkpoint)
     if options.optimizer:
         checkpoint, doubts = _with_optimizer(checkpoint, facts, options)
@@ -151,9 +151,6 @@ def _inspect_stored(
     """Print what is known of weights without a family."""
     from neox_bridge.cli.inspect_stored import describe_stored, print_stored, stored_tensors
 
-    if options.optimizer:
-        reason = f"{model.path} has no optimizer states that this version can read"
-        raise UsageError(["optimizer"], reason, "Leave it out.")
     facts = describe_stored(model)
     statistics: list[Statistics] | None = None
     faults: list[Finding] = []
@@ -338,7 +335,7 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     entries = facts["tokenizer_size"]
     known = f"{entries:,} entries" if entries is not None else "unknown"
-    mixed = [f"{name} ({count:,} parameters)" for name, count in facts["dtypes"].items()]
+    mixed = [f"{name} ({plural(count, 'parameter')})" for name, count in facts["dtypes"].items()]
     fewer = facts["kv_heads"] != facts["heads"]
     of_kv = f" ({facts['kv_heads']} for keys and values)" if fewer else ""
     residual = "parallel (gpt_j_residual)" if facts["parallel_residual"] else "sequential"
@@ -349,7 +346,7 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "size",
             f"{plural(facts['layers'], 'layer')}, hidden {facts['hidden']}, "
-            f"{facts['heads']} heads{of_kv}, MLP {facts['ffn']}",
+            f"{plural(facts['heads'], 'head')}{of_kv}, MLP {facts['ffn']}",
         ),
         ("vocabulary", f"{facts['vocab_rows']:,} rows; tokenizer: {known}"),
         ("positions", f"{facts['max_positions']:,}"),

@@ -113,7 +113,7 @@ def stored_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     quantization, refusal = facts["quantization"], facts["refusals"][0]
     kind = KINDS[facts["kind"]]
     if quantization is not None:
-        bits = f", {quantization['bits']} bits" if quantization["bits"] else ""
+        bits = f", {plural(quantization['bits'], 'bit')}" if quantization["bits"] else ""
         kind += f", quantized ({quantization['method']}{bits})"
     kind += f", {facts['revision']}" if facts["revision"] else ""
     lines = [
@@ -133,7 +133,10 @@ def stored_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [
         ("parameters", f"{facts['parameters']:,}{packed}"),
         ("tensors", f"{facts['tensor_count']:,}"),
-        ("dtypes", ", ".join(f"{name} ({n:,} elements)" for name, n in facts["dtypes"].items())),
+        (
+            "dtypes",
+            ", ".join(f"{name} ({plural(n, 'element')})" for name, n in facts["dtypes"].items()),
+        ),
         ("files", f"{plural(len(facts['files']), 'file')}, {human(facts['bytes'])}"),
     ]
     if quantization is not None:

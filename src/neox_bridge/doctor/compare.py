@@ -14,6 +14,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, refuse_all
 from neox_bridge.planning.make import relayout_command
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.vocabulary import fit
+from neox_bridge.wording import plural
 
 Answer = Literal["same", "translated", "cannot be"]
 
@@ -108,10 +109,10 @@ def _qkv(checkpoint: Checkpoint) -> Row:
     config, feature = checkpoint.config, "query, key, value"
     note = "the rows are head by head, [q k v] each"
     if all(weight.split != "fused" for weight in checkpoint.architecture.weights):
-        return _equal(feature, f"{config.heads} heads in one matrix", note)
+        return _equal(feature, f"{plural(config.heads, 'head')} in one matrix", note)
     if config.grouped_query:
         note = "all q, all k, all v on each rank since 2024-11, by query head before"
-    heads = f"{config.heads} heads, {config.key_value_heads} of k and v"
+    heads = f"{plural(config.heads, 'head')}, {config.key_value_heads} of k and v"
     joined = any("attn" in name for name in checkpoint.architecture.joined)
     hf = "one matrix, all q, all k, all v" if joined else "three matrices"
     return Row(feature, f"{heads}, in one matrix", f"{heads}, {hf}", "translated", note)

@@ -35,6 +35,7 @@ from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
 from neox_bridge.layouts.rank_biases import drifted_biases
+from neox_bridge.layouts.tokenizer import piece_count
 from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
 from neox_bridge.planning.make import make_plan, relayout_command
 from neox_bridge.planning.options import Options
@@ -184,18 +185,20 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
                 yield Finding("unknown-key", "warning", reason_of(key), remedy_of(key))
     if checkpoint.missing_tokenizer:
         return  # the finding of the checkpoint covers it
-    if checkpoint.tokenizer_size is None:
+    entries, rows = checkpoint.tokenizer_size, checkpoint.config.dims["vocab"]
+    entries = piece_count(checkpoint.tokenizer) if entries is None else entries
+    if entries is None:
         message = "the folder has no tokenizer, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":
             message = "the tokenizer is not known, so the number of vocabulary rows is not checked"
         way = "name the tokenizer when you convert: `tokenizer=PATH`"
         yield Finding("no-tokenizer", "info", message, way)
-    elif checkpoint.tokenizer_size > checkpoint.config.dims["vocab"]:
+    elif entries > rows:
         yield Finding(
             "tokenizer-larger",
             "warning",
-            f"the tokenizer has {checkpoint.tokenizer_size} entries and the model "
-            f"{checkpoint.config.dims['vocab']} rows: the last entries have no embedding",
+            f"the tokenizer has {entries} entries and the model {rows} rows: the last entries have "
+            "no embedding",
             "check that it is this model's tokenizer",
         )
 

@@ -280,8 +280,8 @@ def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
         yield case(
             "mask-buffers",
             "info",
-            f"the files contain {len(masks)} causal masks ({size:,} bytes), which transformers "
-            "stored until 4.30 and computes since",
+            f"the files contain {plural(len(masks), 'causal mask')} ({size:,} bytes), which "
+            "transformers stored until 4.30 and computes since",
             fix_command(checkpoint, facts),
         )
     if any(name.endswith("inv_freq") for name in stored):

@@ -9,6 +9,7 @@ from neox_bridge.doctor.verdict import Case, failure
 from neox_bridge.findings import Command
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.stores.paths import listdir
+from neox_bridge.wording import plural
 
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 
@@ -27,8 +28,8 @@ def stray_cases(folder: str) -> Iterator[Case]:
         remedy = Command(shlex.join(["rm", *(os.path.join(folder, name) for name in strays)]))
     yield failure(
         "mp-rank-files",
-        f"{folder} has {len(names)} mp_rank files, which were saved by {wrong} processes: {left}. "
-        "DeepSpeed counts them before it loads anything",
+        f"{folder} has {plural(len(names), 'mp_rank file')}, which were saved by {wrong} "
+        f"processes: {left}. DeepSpeed counts them before it loads anything",
         remedy,
         f"AssertionError: checkpoint count {len(names)} is different from saved mp_world_size "
         f"{wrong}",

@@ -25,7 +25,7 @@ from neox_bridge.layouts.stored_reader import (
     weight_folders,
 )
 from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
-from neox_bridge.layouts.tokenizer import tokenizer_entries, tokenizer_files
+from neox_bridge.layouts.tokenizer import piece_count, tokenizer_entries, tokenizer_files
 from neox_bridge.layouts.weight_sets import (
     WeightSet,
     by_preference,
@@ -394,6 +394,7 @@ class _Reader:
         """The small JSON files of the repository, and the number of tokens."""
         contents: dict[str, Mapping[str, Any]] = {}
         entries: Mapping[str, int] = {}
+        added: Mapping[str, int] = {}
         for name in _JSON:
             path = os.path.join(self.path, name)
             content = self._json(path, self.path, is_list=name == "modules.json")
@@ -406,8 +407,8 @@ class _Reader:
                     self._unreadable(path, error)
             elif name == "vocab.json" and not entries:
                 entries = {key: i for key, i in content.items() if isinstance(i, int)}
-            elif name == "added_tokens.json" and entries:
-                entries = {**entries, **{k: i for k, i in content.items() if isinstance(i, int)}}
+            elif name == "added_tokens.json":
+                added = {key: i for key, i in content.items() if isinstance(i, int)}
             elif name not in _LARGE:
                 contents[name] = content
         for name in _TEXTS:
@@ -416,8 +417,12 @@ class _Reader:
             kind = misplaced(path, head) if is_stand_in(path, head) else None
             if kind is not None:
                 self._add_stand_in(path, kind)
+        pieces = 0 if entries else piece_count(self.tokenizer()) or 0
+        if not entries and not pieces:  # the added tokens alone tell nothing
+            return contents, None
+        entries = {**entries, **added}
         ids = [i for i in entries.values() if isinstance(i, int)]
-        return contents, max(len(entries), max(ids) + 1) if ids else None
+        return contents, max(pieces, len(entries), max(ids, default=-1) + 1)
 
     def _json(self, path: str, folder: str, *, is_list: bool = False) -> dict[str, Any] | None:
         """A JSON file; None if there is none or if it cannot be read, which is reported."""

@@ -16,7 +16,7 @@ from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
-from neox_bridge.wording import sentence
+from neox_bridge.wording import plural, sentence
 
 # GPT-NeoX v1.0 reads a key of the mp_rank files that DeepSpeed renamed (fcb3ca5e, 0.5.5).
 _RENAMED_KEY = "KeyError: 'csr_tensor_module_names'"
@@ -71,8 +71,8 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     if states is not None and states.resumption is not None and form == "sub-partitions":
         ranks = "on any number of" if states.resumption.any_dp else "on the same number of"
         message = (
-            f"the checkpoint has optimizer states ({count} files). Without finetune: true, this "
-            f"GPT-NeoX resumes from them {ranks} data-parallel ranks"
+            f"the checkpoint has optimizer states ({plural(count, 'file')}). Without finetune: "
+            f"true, this GPT-NeoX resumes from them {ranks} data-parallel ranks"
         )
         message += "" if states.resumption.keeps_step else ". Adam's step restarts at 1"
     yield case("optimizer-states", "info", message)
@@ -135,7 +135,10 @@ def _not_of_v1(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, c
         what = "were saved by a later DeepSpeed than 0.3.15, which it requires"
         release = release_of(states.version) or (0, 0, 0)
         prints = _RENAMED_KEY if release >= _RENAMED_SINCE else ""
-    message = f"this GPT-NeoX cannot resume from the optimizer states ({count} files): they {what}"
+    message = (
+        f"this GPT-NeoX cannot resume from the optimizer states ({plural(count, 'file')}): they "
+        f"{what}"
+    )
     command = _reshard_command(checkpoint, target, states)
     cannot_train = f"It cannot train in {checkpoint.config.dtype} with ZeRO either"
     message += f". {'reshard rewrites them' if command else cannot_train}"
@@ -166,8 +169,8 @@ def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, 
         else "are elastic and do not contain Adam's step"
     )
     cause = (
-        f"the optimizer states ({count} files) {kind}{defect}, and later trees cannot resume from "
-        "them"
+        f"the optimizer states ({plural(count, 'file')}) {kind}{defect}, and later trees cannot "
+        "resume from them"
     )
     return failure(
         "optimizer-version",

@@ -21,6 +21,7 @@ from neox_bridge.planning.report import plan_hash
 from neox_bridge.progress import Begin, Count
 from neox_bridge.stores.paths import is_local, plain
 from neox_bridge.tensors.coverage import check_files
+from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     from neox_bridge.execution.executors import Pool
@@ -201,9 +202,9 @@ def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
         yield Finding(
             "scaled-states-rounded",
             "warning",
-            f"{total} values of {len(context.roundings)} optimizer states became too small or too "
-            "large for their dtype when they were scaled, and were rounded. The first is in "
-            f"{name}",
+            f"{plural(total, 'value')} of {plural(len(context.roundings), 'optimizer state')} "
+            "became too small or too large for their dtype when they were scaled, and were "
+            f"rounded. The first is in {name}",
             "keep gradient_accumulation_steps with `micro_batch=` to avoid scaling",
         )
     deviations = [d for d in context.deviations if not d[0].endswith(plan.known_deviations)]
@@ -212,7 +213,7 @@ def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
         yield Finding(
             "replicas-differ",
             "warning",
-            f"{len(deviations)} tensors differ between tensor-parallel ranks, by {largest:.6g} at "
-            f"most from their mean ({name}, {file}); the mean is written",
+            f"the tensor-parallel ranks differ in {plural(len(deviations), 'tensor')}, by "
+            f"{largest:.6g} at most from their mean ({name}, {file}); the mean is written",
             "ranks of GPT-NeoX drift apart slightly in long runs; check larger differences",
         )

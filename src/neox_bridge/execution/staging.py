@@ -16,7 +16,7 @@ from neox_bridge.layouts.known_files import foreign
 from neox_bridge.layouts.record_file import recorded_files
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.stores.fetched import kept_bytes
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is exceeded"}
 
@@ -230,7 +230,7 @@ def _keep(work: Work) -> str:
 
 def kept_files(where: str, count: int) -> str:
     """The note about the files that an earlier run finished."""
-    files = "1 finished file is" if count == 1 else f"{count} finished files are"
+    files = f"{plural(count, 'finished file')} {'is' if count == 1 else 'are'}"
     return (
         f"{files} kept in {where}. Run the same command again to continue, or delete that folder "
         "to start over."

@@ -17,6 +17,7 @@ from neox_bridge.tensors.dtypes import BY_NAME, BY_SAFETENSORS, PACKED_SAFETENSO
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.tensors.sharing import BLOCK_BYTES
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import plural
 
 _MAX_HEADER_BYTES = 32 << 20  # the library accepts 100 MB; headers of models have less than 1 MB
 _MAX_DIMENSIONS = 64
@@ -64,7 +65,9 @@ def read_entries(path: str) -> dict[str, Entry]:
         if not size:
             raise _bad(path, "it is empty")
         if size < 8 or length > size - 8:
-            raise _bad(path, f"it has {size} bytes, fewer than its header announces (truncated?)")
+            raise _bad(
+                path, f"it has {plural(size, 'byte')}, fewer than its header announces (truncated?)"
+            )
         if length > _MAX_HEADER_BYTES:
             raise _bad(
                 path, f"its header has {length} bytes, more than the allowed {_MAX_HEADER_BYTES}"
@@ -131,7 +134,9 @@ def _entry(path: str, name: str, entry: object, start: int) -> Entry:
     if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) * (bits or 8) >= 8 * _MAX_BYTES:
         raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
     if high < low or (bits is not None and 8 * (high - low) != prod(shape) * bits):
-        raise _bad(path, f"{name} has {high - low} bytes, which does not match its shape {shape}")
+        raise _bad(
+            path, f"{name} has {plural(high - low, 'byte')}, which does not match its shape {shape}"
+        )
     return Entry(dtype, tuple(shape), start + low, high - low)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import itemsize, to_numpy
 from neox_bridge.tensors.tensor_ref import TensorRef, halves, row_major
+from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,9 @@ def read_box(
     data = file.read(extent * size)
     if len(data) < extent * size:
         missing = extent * size - len(data)
-        raise BridgeError(f"{ref.file} is {missing:,} bytes too short. Copy or download it again.")
+        raise BridgeError(
+            f"{ref.file} is {plural(missing, 'byte')} too short. Copy or download it again."
+        )
     steps = tuple(size * stride for stride in strides)
     box: Array = np.ndarray(shape, dtype, data, 0, steps)
     return box

@@ -122,7 +122,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-torch-load",
         Release("4.52.0", 37785),
         ("gpt_neox", *_LLAMA),
-        "pytorch_model.bin is read only with torch 2.6 and newer (CVE-2025-32434)",
+        "weights in .bin files are read only with torch 2.6 and newer (CVE-2025-32434)",
         "ValueError: Due to a serious vulnerability issue in `torch.load` …",
         "convert it to safetensors, without torch: neox-bridge convert CHECKPOINT NEW --to hf",
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),

@@ -27,7 +27,7 @@ from neox_bridge.hub.remote import (
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.hub_api import bars, explained, hub_api, is_transient, status_of
 from neox_bridge.stores.hub_names import MAIN, HubTarget
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -113,7 +113,7 @@ def publish(
         uploaded = (*changes.add, *changes.replace)
         commit, pull_request = str(remote.commit), None
         if uploaded or removed:
-            words = message or f"Upload {len(uploaded)} files with neox-bridge"
+            words = message or f"Upload {plural(len(uploaded), 'file')} with neox-bridge"
             commit, pull_request = _commit(job, remote, uploaded, removed, words)
             _check_whole(job, commit, (*uploaded, *changes.same))
     return Published(

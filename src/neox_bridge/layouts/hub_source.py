@@ -23,7 +23,7 @@ from neox_bridge.stores.hub_names import MAIN
 from neox_bridge.stores.objects import pin
 from neox_bridge.stores.retry import is_passing, steadily
 from neox_bridge.stores.step_names import step_of
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 _TRIES_UNANSWERED = 3  # before the cache is used instead
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.*))?")
@@ -223,7 +223,7 @@ def _no_revision(repo: str, revision: str) -> str:
         return f"{repo} has no branch, tag or commit {revision}. {advice}"
     by_distance = sorted(steps, key=lambda name: abs((step_of(name) or 0) - wanted))
     near = sorted(by_distance[:_NEAREST_STEPS], key=lambda name: step_of(name) or 0)
-    return f"{repo} has no {revision}. The nearest of its {len(steps)} steps are {some(near)}."
+    return f"{repo} has no {revision}. The nearest of {plural(len(steps), 'step')}: {some(near)}."
 
 
 def _steps(repo: str) -> list[str]:

@@ -81,7 +81,7 @@ from neox_bridge.tensors.flat import in_place_of
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 _MOST_FILES = 100_000  # of one step; even the largest models have fewer
 _SHOWN = 7  # files in a message; any number of files can be missing
@@ -473,7 +473,9 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     stated = whole({**raw, **args}, "num_layers", folder)
     last = max(layer for layer, _ in layer_files)
     layers = stated if stated is not None else last - (4 if raw.get("no_weight_tying") else 3)
-    _check_count(folder, f"{layers} layers on {tp} ranks", layers * tp, len(layer_files))
+    _check_count(
+        folder, f"{plural(layers, 'layer')} on {plural(tp, 'rank')}", layers * tp, len(layer_files)
+    )
     want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in layer_files}
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
@@ -481,8 +483,8 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     lacking = (layer_file(*place) for place in places if place not in layer_files)
     if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
-            f"{folder} is incomplete: {some(missing)} missing, of {layers} layers on {tp} "
-            "tensor-parallel ranks. Copy the checkpoint again."
+            f"{folder} is incomplete: {some(missing)} missing, of {plural(layers, 'layer')} on "
+            f"{plural(tp, 'tensor-parallel rank')}. Copy the checkpoint again."
         )
     ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
     states: list[str] = []
@@ -512,11 +514,11 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     first = values[min(values)]
     args = settings(first, folder)
     tp = max(max(rank_files) + 1, whole(args, "model_parallel_size", folder) or 1)
-    _check_count(folder, f"{tp} ranks", tp, len(rank_files))
+    _check_count(folder, plural(tp, "rank"), tp, len(rank_files))
     if missing := [rank_file(r) for r in range(tp) if r not in rank_files]:
         raise BridgeError(
-            f"{folder} is incomplete: {some(missing)} missing, of {tp} tensor-parallel ranks. "
-            "Copy the checkpoint again."
+            f"{folder} is incomplete: {some(missing)} missing, of "
+            f"{plural(tp, 'tensor-parallel rank')}. Copy the checkpoint again."
         )
     ranks = []
     for rank in range(tp):
@@ -550,8 +552,8 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
     tp = whole(settings(metas[0], folder), "model_parallel_size", folder) or 1
     if tp < 1 or len(paths) % tp:
         raise BridgeError(
-            f"{folder} is incomplete: it has {len(paths)} mp_rank files, of {tp} tensor-parallel "
-            "ranks. Copy the checkpoint again."
+            f"{folder} is incomplete: it has {plural(len(paths), 'mp_rank file')}, of "
+            f"{plural(tp, 'tensor-parallel rank')}. Copy the checkpoint again."
         )
     stored = masters(folder, metas, tp)
     buffers = [str(name) for meta in metas for name in meta.get("buffer_names") or ()]
@@ -595,8 +597,8 @@ def _check_count(folder: str, what: str, count: int, present: int) -> None:
     """Raise BridgeError if more files are missing than can be listed."""
     if count > _MOST_FILES:
         raise BridgeError(
-            f"{folder} is incomplete: it declares {what} but contains {present} files. Copy the "
-            "checkpoint again."
+            f"{folder} is incomplete: it declares {what} but contains {plural(present, 'file')}. "
+            "Copy the checkpoint again."
         )
 
 

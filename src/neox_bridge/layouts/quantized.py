@@ -23,7 +23,7 @@ from neox_bridge.layouts.text_files import list_folder, read_json, read_text
 from neox_bridge.stores.paths import isdir, isfile
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.tensor_ref import TensorRef
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 # keys of config.json that hold settings of a quantization
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -107,7 +107,7 @@ class Quantization:
     @property
     def label(self) -> str:
         """The method and the bits."""
-        return self.method + (f", {self.bits} bits" if self.bits else "")
+        return self.method + (f", {plural(self.bits, 'bit')}" if self.bits else "")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.stores.paths import open_file
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +47,8 @@ class DriftedBiases:
     ) -> Finding:
         """What there is to know. written: what becomes of the biases."""
         differ = (
-            f"{self.count} biases differ between tensor-parallel ranks, by up to "
-            f"{self.largest:.6g} from their mean ({self.name})"
+            f"the tensor-parallel ranks differ in {plural(self.count, 'bias')}, by up to "
+            f"{self.largest:.6g} from the mean ({self.name})"
         )
         cause = "their gradients were not the same on all ranks"
         used = "each rank adds its own bias"

@@ -10,11 +10,12 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
 from neox_bridge.layouts.linked_files import brought_along
-from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes, read_json
 from neox_bridge.stores import paths
 from neox_bridge.stores.paths import open_file
 
 MAIN = "tokenizer.json"  # contains the whole tokenizer
+PIECES = "tokenizer.model"  # of sentencepiece, or of tiktoken
 NAMES = (
     MAIN,
     "tokenizer_config.json",
@@ -22,7 +23,7 @@ NAMES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    PIECES,
     "chat_template.jinja",
 )
 FOLDER = "tokenizer"  # in the root of a GPT-NeoX run that neox-bridge wrote
@@ -96,6 +97,27 @@ def main_file(files: Sequence[str]) -> str | None:
 def tokenizer_size(files: Sequence[str]) -> int | None:
     """The number of entries, including added ones, which GPT-NeoX pads (get_vocab_size())."""
     return len(_entries(file)) if (file := main_file(files)) else None
+
+
+def piece_count(files: Sequence[str]) -> int | None:
+    """The number of pieces in a sentencepiece model among the files.
+
+    None if there is none, if the file is not complete, or if it is one of tiktoken, which has the
+    same name. Tokens in other files are not counted.
+
+    Source: ``repeated SentencePiece pieces = 1`` in sentencepiece's src/sentencepiece_model.proto.
+    """
+    path = next((file for file in files if os.path.basename(file) == PIECES), None)
+    data = b"" if path is None else read_bytes(path, LARGE_BYTES)
+    at, count = 0, 0
+    while data[at : at + 1] == b"\x0a":  # field 1; the pieces come first
+        at, size, shift = at + 1, 0, 0
+        for byte in data[at : at + 5]:  # a varint: seven bits per byte, the lowest first
+            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                break
+        at, count = at + size, count + 1
+    return count if count and at <= len(data) else None
 
 
 def describe_tokenizer(files: Sequence[str]) -> Tokenizer:

@@ -15,6 +15,7 @@ from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Shape
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import plural
 
 _OTHER_SAVE = "The files are from another model, layout or save. Copy the checkpoint again."
 Parts = Mapping[str, tuple[TensorRef, ...]]
@@ -39,8 +40,9 @@ def flat_group(
     for states in ranks:
         if len(states.parts[index]) != intervals:
             raise BridgeError(
-                f"{states.path}: group {index} has {len(states.parts[index])} communication "
-                f"intervals ({INTERVALS}), and in {first.path} {intervals}. {_OTHER_SAVE}"
+                f"{states.path}: group {index} has "
+                f"{plural(len(states.parts[index]), 'communication interval')} ({INTERVALS}), and "
+                f"in {first.path} {intervals}. {_OTHER_SAVE}"
             )
     ordered = [
         (states.path, states.parts[index][interval])

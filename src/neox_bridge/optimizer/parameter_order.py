@@ -15,6 +15,7 @@ from neox_bridge.layouts.deepspeed_values import shapes
 from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.tensors.pieces import Shape
+from neox_bridge.wording import plural
 
 _WITHOUT_DECAY = ("mixer.A_log", "mixer.D")  # _no_weight_decay of megatron/model/mamba/mamba.py
 _RWKV_NORMS = ("ln1", "ln2")  # LayerNorm of megatron/model/rwkv/v6/rwkv.py; ln_x is a GroupNorm
@@ -50,8 +51,9 @@ def parameter_order(
             groups = shapes(values, file)
             if len(groups) != count:
                 raise BridgeError(
-                    f"{path} has {count} parameter groups, and param_shapes of {file} has "
-                    f"{len(groups)}. They may be from different saves. Copy the checkpoint again."
+                    f"{path} has {plural(count, 'parameter group')}, and param_shapes of {file} "
+                    f"has {len(groups)}. They may be from different saves. Copy the checkpoint "
+                    "again."
                 )
             return tuple(groups), "groups"
         if value is not None:

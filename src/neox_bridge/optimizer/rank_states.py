@@ -32,6 +32,7 @@ from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import count, mapping, unexpected, whole
 from neox_bridge.optimizer.read_files import scalar, stage_of
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import plural
 
 BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
@@ -241,14 +242,16 @@ def _elastic_entries(
     groups = inner[BASE]
     if len(groups) != len(masters):
         raise BridgeError(
-            f"{path}: {BASE} has {len(groups)} groups, and {generation.masters} has "
+            f"{path}: {BASE} has {plural(len(groups), 'group')}, and {generation.masters} has "
             f"{len(masters)}. The file is damaged. Download or copy it again."
         )
     entries = []
     for index, (group, parts) in enumerate(zip(groups, masters, strict=True)):
         states = group if generation is SUB_PARTITIONS else [group]
         if not isinstance(states, list) or len(states) != len(parts):
-            raise unexpected(path, f"{BASE}[{index}]", states, f"a list of {len(parts)} intervals")
+            raise unexpected(
+                path, f"{BASE}[{index}]", states, f"a list of {plural(len(parts), 'interval')}"
+            )
         for entry in states:
             if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
                 raise unexpected(path, f"{BASE}[{index}]", entry, "states by their names")
@@ -269,16 +272,17 @@ def _rigid_entries(
     groups = parameter_groups(base, path)
     if len(groups) != len(masters):
         raise BridgeError(
-            f"{path}: param_groups has {len(groups)} groups, and its masters have {len(masters)}. "
-            "The file is damaged. Download or copy it again."
+            f"{path}: param_groups has {plural(len(groups), 'group')}, and its masters have "
+            f"{len(masters)}. The file is damaged. Download or copy it again."
         )
     entries = []
     for index, (group, parts) in enumerate(zip(groups, masters, strict=True)):
         numbers = numbers_of(group, index, path)
         if len(numbers) != len(parts):
             raise BridgeError(
-                f"{path}: param_groups[{index}].params has {len(numbers)} entries, and the group "
-                f"has {len(parts)} intervals. The file is damaged. Download or copy it again."
+                f"{path}: param_groups[{index}].params and the group differ: {len(numbers)} "
+                f"and {plural(len(parts), 'interval')}. The file is damaged. Download or copy it "
+                "again."
             )
         entries.append([states_of(base, number, path) for number in numbers])
     settings = tuple({k: v for k, v in group.items() if k != "params"} for group in groups)

@@ -28,6 +28,7 @@ from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Shape, Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import plural
 
 
 def read_stage0(
@@ -100,8 +101,9 @@ def _plain(
     numbers = numbers_of(state["param_groups"][index], index, path)
     if len(numbers) != len(group_shapes):
         raise BridgeError(
-            f"{path}: group {index} of its optimizer has {len(numbers)} parameters, but by the "
-            f"model it should have {len(group_shapes)}. Part of the model may have been frozen."
+            f"{path}: group {index} of its optimizer has {plural(len(numbers), 'parameter')}, "
+            f"but by the model it should have {len(group_shapes)}. Part of the model may have been "
+            "frozen."
         )
     scalars: dict[str, Any] = {}
     for number, (place, shape) in zip(numbers, group_shapes.items(), strict=True):

@@ -16,6 +16,7 @@ from neox_bridge.optimizer.read_files import check_weights, generators, scalar, 
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.stores.paths import isfile
 from neox_bridge.tensors.pieces import Whole, whole_of
+from neox_bridge.wording import plural
 
 
 def read_universal(
@@ -37,8 +38,9 @@ def read_universal(
         shapes = parameter_shapes(meta, folder)
         if len(shapes) != len(groups):
             raise BridgeError(
-                f"{folder}/{rank_file(number)} has {len(shapes)} parameter groups and {path} "
-                f"{len(groups)}. They may be from different saves. Copy the checkpoint again."
+                f"{folder}/{rank_file(number)} has {plural(len(shapes), 'parameter group')} and "
+                f"{path} {len(groups)}. They may be from different saves. Copy the checkpoint "
+                "again."
             )
         members |= {name: index for index, group in enumerate(shapes) for name in group}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}

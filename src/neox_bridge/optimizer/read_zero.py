@@ -26,6 +26,7 @@ from neox_bridge.optimizer.states import Group, Optimizer, SavedForm
 from neox_bridge.stores.paths import ahead
 from neox_bridge.tensors.flat import Flat, wholes_of
 from neox_bridge.tensors.pieces import Whole
+from neox_bridge.wording import plural
 
 _SHAPES = "param_shapes"
 
@@ -163,10 +164,10 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
     same = (first.kind, first.generation) == (other.kind, other.generation)
     if not same or len(begin.parts) != len(other.parts):
         raise BridgeError(
-            f"{other.path} holds {other.kind} states of {len(other.parts)} groups "
+            f"{other.path} holds {other.kind} states of {plural(len(other.parts), 'group')} "
             f"({other.generation.masters}), and {first.path} {first.kind} states of "
-            f"{len(first.parts)} groups ({first.generation.masters}). They are from different "
-            "saves. Copy the checkpoint again."
+            f"{plural(len(first.parts), 'group')} ({first.generation.masters}). They are from "
+            "different saves. Copy the checkpoint again."
         )
 
 

@@ -36,6 +36,7 @@ from neox_bridge.stores.paths import ahead
 from neox_bridge.tensors.flat import wholes_of_parts
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import plural
 
 BASE = "optimizer_state_dict"
 RANKS = "partition_count"
@@ -134,8 +135,9 @@ def _groups(
     numbers = [number for _, of_group in groups for number in of_group]
     if numbers != list(range(sub_groups)):
         raise BridgeError(
-            f"{path}: its param_groups refer to {len(numbers)} sub-groups, but the model file "
-            f"lists {sub_groups}. The files may be from different saves. Copy the checkpoint again."
+            f"{path}: its param_groups refer to {plural(len(numbers), 'sub-group')}, but the "
+            f"model file lists {sub_groups}. The files may be from different saves. Copy the "
+            "checkpoint again."
         )
     return groups
 

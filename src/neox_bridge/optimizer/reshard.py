@@ -500,8 +500,9 @@ def _findings(checkpoint: Checkpoint, target: Target, sources: Sources) -> Itera
         yield Finding(
             "padding-lost",
             "warning",
-            f"the universal checkpoint does not contain {target.vocabulary.padded - rows} rows of "
-            "padding. GPT-NeoX trains them and counts them in the loss; they are now zero",
+            "the universal checkpoint does not contain "
+            f"{plural(target.vocabulary.padded - rows, 'row')} of padding. GPT-NeoX trains them "
+            "and counts them in the loss; they are now zero",
             "to keep them, write it with original_vocab_size as large as padded_vocab_size",
         )
     elif target.vocabulary.padded != rows:

@@ -14,6 +14,7 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import hf_record, source_summary
 from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.pieces import OutputTensor
+from neox_bridge.wording import plural
 
 
 def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
@@ -33,7 +34,7 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
     summary: dict[str, object] = {
         "kind": "hf",
         "architecture": checkpoint.architecture.name,
-        "layout": f"{len(by_state)} optimizer states",
+        "layout": plural(len(by_state), "optimizer state"),
         "dtype": next(iter(next(iter(by_state.values())).values())).dtype,
         "vocab_rows": checkpoint.config.dims["vocab"],
         "optimizer": list(by_state),

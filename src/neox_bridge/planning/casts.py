@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.findings import Finding
+from neox_bridge.wording import plural
 
 _SHOWN = 6  # maximum number of tensors in a message
 
@@ -41,7 +42,7 @@ def overflow_finding(overflows: Mapping[str, int]) -> Finding:
     total = sum(overflows.values())
     values = "finite value" if total == 1 else "finite values"
     named = [f"{name} ({count:,})" for name, count in sorted(overflows.items())]
-    more = f" and {len(named) - _SHOWN:,} more tensors" if len(named) > _SHOWN else ""
+    more = f" and {plural(len(named) - _SHOWN, 'more tensor')}" if len(named) > _SHOWN else ""
     names = ", ".join(named[:_SHOWN]) + more
     return Finding(
         "cast-overflow",

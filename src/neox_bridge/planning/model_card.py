@@ -142,7 +142,7 @@ def _merged(checkpoint: Checkpoint, dropped: Sequence[Dropped]) -> str:
         return "Nothing: the source held each tensor in one piece."
     text = f"The parts of {state.tp} tensor-parallel ranks were joined, so each tensor is whole."
     if count := sum(drop.kind == "merged" for drop in dropped):
-        text += f" Of {count} biases each rank held a part, and the parts were added up."
+        text += f" Each rank held a part of {plural(count, 'bias')}, and the parts were added up."
     return text
 
 

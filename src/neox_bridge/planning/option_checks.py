@@ -105,15 +105,20 @@ def check_gqa_order(order: str | None, *checkpoints: Checkpoint | StoredModel) -
 
 
 def check_optimizer(wanted: bool, *checkpoints: Checkpoint | StoredModel) -> None:
-    """Raise UsageError if optimizer states are requested from a Hugging Face model."""
+    """Raise UsageError if optimizer states are requested where none can be read."""
     for checkpoint in checkpoints if wanted else ():
-        if checkpoint.neox is None:
-            raise UsageError(
-                ["optimizer"],
-                f"only GPT-NeoX checkpoints contain optimizer states, but {checkpoint.path} is a "
-                "Hugging Face model",
-                "Leave it out.",
+        if checkpoint.neox is not None:
+            continue
+        reason = (
+            f"only GPT-NeoX checkpoints contain optimizer states, but {checkpoint.path} is a "
+            "Hugging Face model"
+        )
+        if checkpoint.kind == "neox":
+            reason = (
+                f"the weights of {checkpoint.path} are quantized, so its optimizer states cannot "
+                "be read"
             )
+        raise UsageError(["optimizer"], reason, "Leave it out.")
 
 
 def check_layout(layout: str | None, pp: int | None) -> None:

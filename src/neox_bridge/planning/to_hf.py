@@ -33,6 +33,7 @@ from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole, cut
 from neox_bridge.tensors.sharing import arranged, shared_together
+from neox_bridge.wording import plural
 
 
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
@@ -132,7 +133,7 @@ def hf_model(
             Finding(
                 "biases-added",
                 "info",
-                f"{added} biases are missing from the source and are written as zeros, because "
+                f"the source does not contain {plural(added, 'bias')}, written as zeros, because "
                 f"{checkpoint.architecture.name} in transformers always has them",
             )
         )

@@ -61,6 +61,7 @@ from neox_bridge.planning.record import neox_record
 from neox_bridge.planning.transformer_engine import check_target
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, padding_multiple
 from neox_bridge.tensors.geometry import shard_shape, whole_shape
+from neox_bridge.wording import plural
 
 
 def plan_neox(
@@ -261,8 +262,8 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
             )
     if stages > config.layers:
         raise Refused(
-            f"`pp={stages}`: the model has only {config.layers} layers, and each stage needs at "
-            "least one."
+            f"`pp={stages}`: the model has only {plural(config.layers, 'layer')}, and each stage "
+            "needs at least one."
         )
 
 
@@ -307,8 +308,8 @@ def _padded(vocabulary: Vocabulary, tp: int) -> Finding:
         "padding-rows",
         "info",
         f"no value of make_vocab_size_divisible_by keeps the {vocabulary.rows} vocabulary rows "
-        f"of the model at TP {tp}. {added} rows of zeros are added, which GPT-NeoX trains and "
-        "includes in its loss",
+        f"of the model at TP {tp}. The files get {plural(added, 'row')} of zeros, which GPT-NeoX "
+        "trains and includes in its loss",
         "a conversion back to Hugging Face removes them",
     )
 

@@ -13,7 +13,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.tensors.dtypes import FLOAT8
 from neox_bridge.tensors.pieces import Whole
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 PLAIN = ("float32", "float16", "bfloat16")
 _CAST = (*FLOAT8, "float64")
@@ -44,14 +44,14 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
     if odd:
         names = [name for held in odd.values() for name in held]
         reason = (
-            f"{len(names)} weights are {some(sorted(odd))}, such as {names[0]}. These are "
+            f"{plural(len(names), 'weight')} of {some(sorted(odd))}, such as {names[0]}. These are "
             "quantized values without their scales, not floating-point weights"
         )
         way_out = "convert the original, unquantized model"
         odd_weights.append(OddWeights(tuple(names), False, reason, way_out))
     for kind in _CAST:
         if held := groups.get(kind):
-            reason = f"{len(held)} weights are {kind}, such as {held[0]}"
+            reason = f"{plural(len(held), 'weight')} of {kind}, such as {held[0]}"
             way_out = "`dtype=bfloat16` (or float32, float16) of convert casts the weights"
             if kind in FLOAT8:
                 reason += ". If the values had scales, they are another model without them"
@@ -84,7 +84,8 @@ def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
             Finding(
                 "cast-dtype",
                 "warning",
-                f"{len(names)} weights are cast from {kind} to {dtype}, {how}: {some(names, 3)}"
+                f"{plural(len(names), 'weight')} cast from {kind} to {dtype}, {how}: "
+                f"{some(names, 3)}"
                 + (". The values are used as they are, without scales" if kind in FLOAT8 else ""),
             )
         )

@@ -87,7 +87,7 @@ def checkpoint_section(
     words = (
         f"{plural(faults, 'finding')} in {plural(len(stats), 'tensor')}"
         if faults
-        else f"Sound: {plural(len(stats), 'tensor')} without NaN, infinities or dead weights"
+        else _sound(stats)
     )
     plot = plot_of(
         lambda: statistics_figure(drawn),
@@ -106,6 +106,15 @@ def checkpoint_section(
         [_statistics_table(stats), *_settings(record)],
         _origin(record),
     )
+
+
+def _sound(stats: Sequence[Statistics]) -> str:
+    """The verdict on tensors without findings. Those that were not decoded are not judged."""
+    decoded = sum(one.decoded for one in stats)
+    rest = "" if decoded == len(stats) else f"; {len(stats) - decoded:,} not decoded"
+    if not decoded:
+        return f"Not judged: {plural(len(stats), 'tensor')} not decoded"
+    return f"Sound: {plural(decoded, 'tensor')} without NaN, infinities or dead weights{rest}"
 
 
 def verification_section(result: Verification, source: str, name: str, prefix: str) -> Section:
@@ -320,9 +329,10 @@ def _statistics_table(stats: Sequence[Statistics]) -> Table:
         )
         for s in stats[:_MOST_ROWS]
     ]
-    first = "The first" if len(rows) < len(stats) else "All"
-    of = f" of {len(stats):,}" if len(rows) < len(stats) else ""
-    return Table(f"{first} {len(rows):,}{of} tensors", head, "lllrrrrrrr", rows)
+    shown = f"All {plural(len(stats), 'tensor')}"
+    if len(rows) < len(stats):
+        shown = f"The first {len(rows):,} of {len(stats):,} tensors"
+    return Table(shown, head, "lllrrrrrrr", rows)
 
 
 def _numbers(s: Statistics) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.training import loading
 from neox_bridge.training.exports import ExporterProcess, Exports, exports_of
 from neox_bridge.training.keys import register
+from neox_bridge.wording import plural
 
 _LAUNCHER = "deepy.py"
 _WRAPPED = "_neox_bridge"  # the attribute of a function that is wrapped
@@ -130,7 +131,7 @@ def _start(source: str, neox_args: Any, model: Any) -> None:
         model.module._synchronize_tied_weights()
     if hasattr(model.optimizer, "refresh_fp32_params"):
         model.optimizer.refresh_fp32_params()  # the master weights of ZeRO, fp16 and bf16
-    say(f"started from {source}: rank 0 read {loaded.size:,} bytes")
+    say(f"started from {source}: rank 0 read {plural(loaded.size, 'byte')}")
     for warning in loaded.warnings:
         say(f"warning: {warning}")
 

@@ -137,7 +137,10 @@ def _odd_tensors(steps: Steps) -> Iterator[Fault]:
     for step, form in zip(steps, forms, strict=True):
         names = [name for name, shape in usual.items() if form.get(name) != shape]
         if names:
-            text = f"{step.run}: step {step.label} has {len(names)} tensors of other shapes than "
+            text = (
+                f"{step.run}: step {step.label} has {plural(len(names), 'tensor')} of other "
+                "shapes than "
+            )
             message = f"{text}the run's other steps: {some(names, 3)}"
             yield step.fault(
                 "shapes-differ", "warning", message, "it may be from another model", names

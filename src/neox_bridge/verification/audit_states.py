@@ -10,7 +10,7 @@ from neox_bridge.verification.audit_identity import identity_faults
 from neox_bridge.verification.audit_norms import broken_faults, jump_faults
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 _ROUNDED = 0.01  # relative to the norm: more than rounding to 16 bits causes
 _MASTERS = f"{MASTER}{STATE_OF}"
@@ -75,7 +75,7 @@ def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
         elif step.label in behind and behind[step.label] != usual[0][0]:
             want = (step.number or 0) - usual[0][0]
             why = (
-                f"it counts {step.updates[0]} steps, but by the other steps of the run it should "
+                f"it counts {plural(step.updates[0], 'step')}, but by the other steps of the run it should "
                 f"be {want}"
             )
         if why:

@@ -11,6 +11,7 @@ from neox_bridge.frameworks.changes import since
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.verification.forward_passes import neox_settings
+from neox_bridge.wording import plural
 
 # settings, with GPT-NeoX's defaults (megatron/neox_arguments/neox_args.py), and their names
 _SETTINGS: dict[str, tuple[object, str]] = {
@@ -130,7 +131,7 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
             yield Hypothesis(
                 "biases that differ between ranks",
                 {"row_biases": "mean"},
-                f"{setting} {drifted.count} biases drift apart between the ranks, by "
+                f"{setting} the ranks drift apart in {plural(drifted.count, 'bias')}, by "
                 f"{drifted.largest:.6g} at most ({drifted.name}); the other side has their mean, "
                 "and no single model can equal this checkpoint",
             )

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import xxhash
@@ -25,6 +25,7 @@ from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # name of a file that is being written
+_FIELDS = tuple(field.name for field in fields(Fingerprint))
 YOUNG_SECONDS = 2.0  # the coarsest timestamp of a file system; a younger file may change unnoticed
 
 
@@ -73,7 +74,7 @@ def remember(
     newest = (time.time() - YOUNG_SECONDS) * 1e9
     old = {file for file, state in files.items() if state.modified_ns < newest}
     entries = {
-        name: {"key": _key(whole, files), "print": asdict(fingerprints[name])}
+        name: {"key": _key(whole, files), "print": _plain(fingerprints[name])}
         for name, whole in checkpoint.tensors.items()
         if all(ref.file in old for ref in sources(whole))
     }
@@ -127,6 +128,12 @@ def _key(whole: Whole, files: Mapping[str, FileState]) -> str:
         pieces.append((where, piece.start, piece.to, piece.shape, piece.fill))
     text = repr((whole.dtype, whole.shape, whole.reduce, pieces))
     return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def _plain(fingerprint: Fingerprint) -> dict[str, Any]:
+    """The fingerprint for JSON. ``dataclasses.asdict`` takes 40 µs per tensor."""
+    values = {name: getattr(fingerprint, name) for name in _FIELDS}
+    return values | {"shards": [{"hash": s.hash, "constant": s.constant} for s in values["shards"]]}
 
 
 def _parse(stored: Mapping[str, Any]) -> Fingerprint:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # version of the hash method; a new one invalidates cached fingerprints
 BLOCK_BYTES = 1 << 20  # bytes; part of the hash method, because a shard is hashed box by box
+_SMALL_BYTES = 64 << 10  # tensors of this mean size or less take longer in two threads than in one
 _CHUNK_ELEMENTS = 1 << 17  # elements that are converted to float64 at a time
 
 
@@ -85,7 +86,9 @@ def fingerprints(
         context.wrote(whole.nbytes, "copied")
         return result
 
-    results = each(order, one, context, workers or 2)
+    size = sum(checkpoint.tensors[name].nbytes for name in order)
+    threads = 2 if size > len(order) * _SMALL_BYTES else 1
+    results = each(order, one, context, workers or threads)
     read = dict(zip(order, results, strict=True))
     return {name: read[name] if name in read else known[name] for name in checkpoint.tensors}
 
@@ -189,7 +192,8 @@ class _Stream:
         import numpy as np
 
         for low in range(0, block.size, _CHUNK_ELEMENTS):
-            part = block[low : low + _CHUNK_ELEMENTS].astype(np.float64)
+            with np.errstate(invalid="ignore"):  # of signaling NaNs, which are counted below
+                part = block[low : low + _CHUNK_ELEMENTS].astype(np.float64)
             # no BLAS, because its threads would wait for each other and compete with ours
             square = float(np.einsum("i,i->", part, part))
             if not math.isfinite(square):

@@ -32,6 +32,7 @@ from neox_bridge.verification.compare import (
     without_reduction,
     zero_beyond,
 )
+from neox_bridge.wording import plural
 
 # the relative rounding of one addition or division
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -206,7 +207,8 @@ def summary(verification: Verification) -> str:
     """The differences, in one sentence."""
     parts = [describe(difference) for difference in verification.differences[:3]]
     if len(verification.differences) > 3:
-        parts.append(f"{len(verification.differences) - 3} more tensors differ")
+        count = len(verification.differences) - 3
+        parts.append(f"{plural(count, 'more tensor')} differ{'s' if count == 1 else ''}")
     parts += [finding.message for finding in verification.findings if finding.severity == "error"]
     return "; ".join(parts)
 
