@@ -920,7 +920,7 @@ def _schema(name: str, kind: type) -> dict[str, Any]:
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"https://neox-bridge.invalid/{name}.schema.json",
+        "$id": f"urn:neox-bridge:{name}.schema.json",
         "title": f"neox-bridge {name}",
         **body,
         "$defs": definitions,

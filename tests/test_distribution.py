@@ -56,21 +56,18 @@ def test_twine_finds_nothing_wrong(dist: Path) -> None:
 
 
 def test_the_metadata_is_full(metadata: Message) -> None:
-    urls = dict(value.split(", ") for value in metadata.get_all("Project-URL") or ())
-    assert set(urls) == {"Homepage", "Source", "Documentation", "Changelog", "Issues"}
-    assert all(url.startswith(urls["Homepage"]) for url in urls.values())
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "Project-URL" not in metadata, "the address of the repository is not decided"
 
 
 def test_links_of_the_readme_lead_out_of_the_index(metadata: Message) -> None:
     text = str(metadata.get_payload())
     links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) > 20
     assert [link for link in links if not link.startswith("https://")] == []
-    home = "https://neox-bridge.invalid/"
-    pages = [link.removeprefix(home).split("/", 2)[2] for link in links if link.startswith(home)]
-    assert [page for page in pages if not (ROOT / page.partition("#")[0]).is_file()] == []
+    assert "https://github.com/EleutherAI/gpt-neox" in links
+    assert "Get started" in text
+    assert ".invalid" not in text
 
 
 def test_the_wheel_in_an_empty_environment(dist: Path, tmp_path: Path) -> None:

@@ -311,6 +311,36 @@ def test_one_step_of_no_known_family_among_those_of_a_known_one(tmp_path: Path) 
     assert "gpt_neox.extra" in reading.message, "the reason why no family is used"
 
 
+def test_the_checks_of_a_family_stay_if_another_step_has_none(tmp_path: Path) -> None:
+    run = known(tmp_path / "run")
+    edits: dict[int, dict[str, Any]] = {
+        1: {"rotary_emb_base": 5000, "rope_theta": 5000},
+        4: {"rope_hyperdrive": 2},
+    }
+    for step, values in edits.items():
+        path = run / f"step{step}" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def halved(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith("dense.weight"))
+        tensors[name] = tensors[name].double()
+
+    change(run / "step2" / "model.safetensors", halved)
+
+    def faults() -> set[tuple[str, tuple[str, ...]]]:
+        return {(fault.code, fault.steps) for fault in audit([str(run)]).faults}
+
+    by_family = faults()
+    assert {
+        ("config-differs", ("1",)),
+        ("unknown-key", ("4",)),
+        ("weight-dtype", ("2",)),
+    } < by_family
+    with_another_tensor(run / "step3")
+    added = {("read-by-names", ("3",)), ("shapes-differ", ("3",))}
+    assert faults() == by_family | added
+
+
 def test_gpt_neox_steps_are_not_compared_with_steps_of_no_known_family(tmp_path: Path) -> None:
     run = known(tmp_path / "run")
     convert(run / "step2", tmp_path / "neox")

@@ -206,6 +206,19 @@ def test_shapes_and_names_differ(tmp_path: Path) -> None:
     assert {d.name for d in verified(first, second).differences} == {"a", "b", "c"}
 
 
+def test_many_names_of_one_side_share_lines(tmp_path: Path) -> None:
+    first = write(tmp_path / "first", {f"h.{i}.w": torch.ones(2) for i in range(6)})
+    second = write(tmp_path / "second", {"b": torch.ones(1)})
+    third = write(tmp_path / "third", {"h.0.w": torch.ones(2)})
+    text = run("diff", first, second)[1]
+    assert "h.#.w: 6 tensors only in the first\n" in text
+    assert "b is only in the second\n" in text
+    assert "h.5.w" not in text
+    assert text.endswith("7 tensors: 0 equal, 7 different\n")
+    assert "h.5.w is only in the first\n" in run("diff", first, second, "--all")[1]
+    assert "h.5.w is only in the first\n" in run("diff", first, third)[1]
+
+
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
 def test_tensors_that_cannot_be_decoded_are_compared_as_bytes(dtype: str, tmp_path: Path) -> None:
     elements = {"F4": 16, "F6_E2M3": 16}[dtype]

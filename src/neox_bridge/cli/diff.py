@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from neox_bridge.verification.compare import Difference
 
 
+_MOST_NAMES = 6  # of tensors that only one side has, each on a line of its own
+
+
 @dataclass(frozen=True, slots=True)
 class DiffOptions:
     """Options for what is compared and printed."""
@@ -41,7 +44,7 @@ class DiffOptions:
     every: bool = option(
         False,
         "Print a line for every tensor that differs. By default, tensors that differ in the same "
-        "dtypes share a line.",
+        "dtypes share a line, and so do many that only one side has, by their names.",
         "--all",
     )
     plot: str | None = option(None, "Plot the relative differences per block.", value="picture")
@@ -122,23 +125,39 @@ def _tell_reading(
 
 
 def _lines(differences: Sequence[Difference], *, every: bool) -> Iterator[str]:
-    """Lines for differences, largest relative one first; a cast of many tensors is one line."""
+    """Lines for differences, largest relative one first.
+
+    A cast of many tensors is one line, and so are many names of one side that differ in numbers.
+    """
+    from neox_bridge.layouts.stored_model import pattern_of
+    from neox_bridge.verification.compare import ONE_SIDED
+
+    sides = [difference for difference in differences if difference.kind in ONE_SIDED]
     groups: dict[tuple[str, ...], list[Difference]] = {}
     for difference in differences:
-        is_cast = difference.kind in ("dtype", "values") and difference.detail
-        alone = () if is_cast and not every else (difference.name,)
-        groups.setdefault((difference.kind, difference.detail, *alone), []).append(difference)
+        key: tuple[str, ...] = (difference.name,)
+        if every:
+            pass
+        elif difference.kind in ("dtype", "values") and difference.detail:
+            key = ()
+        elif difference.kind in ONE_SIDED and len(sides) > _MOST_NAMES:
+            key = (pattern_of(difference.name),)
+        groups.setdefault((difference.kind, difference.detail, *key), []).append(difference)
     for group in groups.values():
         yield _line(group)
 
 
 def _line(group: Sequence[Difference]) -> str:
     """One line for tensors that differ in the same way."""
+    from neox_bridge.layouts.stored_model import pattern_of
+    from neox_bridge.verification.compare import ONE_SIDED
     from neox_bridge.verification.verify import describe
 
     first = group[0]
     line = describe(first)
-    if len(group) > 1:
+    if len(group) > 1 and first.kind in ONE_SIDED:
+        line = f"{pattern_of(first.name)}: {plural(len(group), 'tensor')} {ONE_SIDED[first.kind]}"
+    elif len(group) > 1:
         line = f"{plural(len(group), 'tensor')}: {first.detail}"
     if first.kind == "dtype":
         return f"{line}, equal after casting the first"

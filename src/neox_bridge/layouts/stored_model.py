@@ -22,6 +22,11 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 
+def pattern_of(name: str) -> str:
+    """The name of a tensor with ``#`` for each number between dots."""
+    return _NUMBER.sub("#", name)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as a file describes it.
@@ -79,7 +84,7 @@ class Component:
         counts: dict[tuple[str, str, tuple[int, ...]], tuple[str, int, int]] = {}
         for name, tensor in self.tensors.items():
             full = self.full_name(name)
-            key = (_NUMBER.sub("#", full), tensor.dtype, tensor.shape)
+            key = (pattern_of(full), tensor.dtype, tensor.shape)
             first, count, nbytes = counts.get(key, (full, 0, 0))
             counts[key] = (first, count + 1, nbytes + tensor.ref.nbytes)
         return tuple(Pattern(*key, *totals) for key, totals in counts.items())

@@ -22,7 +22,7 @@ from neox_bridge.report.parts import (
     number,
     state_of,
 )
-from neox_bridge.verification.compare import Difference
+from neox_bridge.verification.compare import ONE_SIDED, Difference
 from neox_bridge.verification.statistics import Statistics
 from neox_bridge.verification.verify import Verification, describe
 from neox_bridge.wording import KINDS, human, plural, side
@@ -208,8 +208,7 @@ def _diff(document: Document, name: str, prefix: str) -> Section:
         "values": "other values",
         "shape": "other shapes",
         "dtype": "other dtypes",
-        "only-first": "only in the first",
-        "only-second": "only in the second",
+        **ONE_SIDED,
         "replicas": "ranks that differ",
     }
     facts = [("tensors", f"{len(differences):,}"), ("equal", f"{equal:,}")]

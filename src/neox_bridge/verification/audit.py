@@ -125,14 +125,21 @@ def audit(
                 states = read_optimizer(one.checkpoint)
             except (BridgeError, OSError) as error:
                 all_faults.append(replace(unreadable(one.run, one.place, error), code="no-states"))
-        checkpoint = one.checkpoint
+        family = one.family if isinstance(one.checkpoint, StoredModel) else one.checkpoint
+        model, checked = one.checkpoint, None
         try:
-            if isinstance(checkpoint, Checkpoint):
-                checkpoint = as_stored(check_copies(checkpoint))
+            if family is not None:
+                checked = as_stored(check_copies(family))
+        except (BridgeError, OSError) as error:
+            all_faults.append(unreadable(one.run, one.place, error))
+            if one.family is None:
+                continue
+        try:
             step = read_step(
                 one.run,
                 one.place,
-                checkpoint,
+                model if isinstance(model, StoredModel) or checked is None else checked,
+                family=checked,
                 optimizer=states,
                 cache=cache,
                 workers=workers,
@@ -143,8 +150,8 @@ def audit(
         else:
             runs[one.run].append(step)
             all_faults += _index_faults(step, one.checkpoint)
-            if isinstance(one.checkpoint, Checkpoint) and isinstance(checkpoint, Checkpoint):
-                all_faults += _weight_faults(step, one.checkpoint, checkpoint)
+            if family is not None and checked is not None:
+                all_faults += _weight_faults(step, family, checked)
     for run, steps in runs.items():
         all_faults += blob_faults(opened_runs[run], blobs, workers=workers, progress=progress)
         all_faults += _reading_faults(steps)

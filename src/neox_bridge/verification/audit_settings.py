@@ -20,8 +20,9 @@ _REGULAR = 2  # number of equal distances on both sides of a gap that make a ste
 
 def setting_faults(steps: Steps) -> Iterator[Fault]:
     """Steps of one run whose config, shapes, dtype or number differ from the other steps."""
-    for key in dict.fromkeys(key for step in steps for key in step.meaning):
-        yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in steps], steps)
+    known = _of_known_family(steps)
+    for key in dict.fromkeys(key for step in known for key in step.meaning):
+        yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in known], known)
     yield from _odd_configs(steps)
     yield from _odd_tokenizers(steps)
     yield from _odd("dtype-differs", "dtype", [step.dtype for step in steps], steps)
@@ -30,20 +31,24 @@ def setting_faults(steps: Steps) -> Iterator[Fault]:
     yield from _numbers(steps)
 
 
+def _of_known_family(steps: Steps) -> list[Step]:
+    return [step for step in steps if step.meaning]
+
+
 def _odd_configs(steps: Steps) -> Iterator[Fault]:
     """Steps with other values in config.json, unless another finding already names their config.
 
     A version of transformers leaves out keys that it does not know, and a known family has defaults
     for them. So a missing key counts only if one version wrote the configs of an unknown family.
     """
+    family = _of_known_family(steps)
     explained = {
         step.label
-        for key in {key for step in steps for key in step.meaning}
-        for step in _unusual(steps, [repr(s.meaning.get(key)) for s in steps])
+        for key in {key for step in family for key in step.meaning}
+        for step in _unusual(family, [repr(s.meaning.get(key)) for s in family])
     }
     steps = [step for step in steps if step.config and step.label not in explained]
-    defaults = len({(step.read_by, step.transformers) for step in steps}) > 1
-    defaults = defaults or any(step.read_by == "family" for step in steps)
+    defaults = bool(family) or len({step.transformers for step in steps}) > 1
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for key in dict.fromkeys(key for step in steps for key in step.config):
         known = [step for step in steps if key in step.config or not defaults]
@@ -97,8 +102,9 @@ def _unknown_keys(steps: Steps) -> Iterator[Fault]:
             severity, reason, remedy = "warning", reason_of(first), remedy_of(first)
         message = f"{run}: {some(list(labels))}: {reason}"
         yield Fault("unknown-key", severity, message, remedy, run, labels)
-        values = [repr(keys[s.label].value) if s.label in keys else "missing" for s in steps]
-        yield from _odd("config-differs", name, values, steps)
+        known = _of_known_family(steps)
+        values = [repr(keys[s.label].value) if s.label in keys else "missing" for s in known]
+        yield from _odd("config-differs", name, values, known)
 
 
 def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[Fault]:

@@ -75,8 +75,8 @@ def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
         elif step.label in behind and behind[step.label] != usual[0][0]:
             want = (step.number or 0) - usual[0][0]
             why = (
-                f"it counts {plural(step.updates[0], 'step')}, but by the other steps of the run it should "
-                f"be {want}"
+                f"it counts {plural(step.updates[0], 'step')}, but by the other steps of the run "
+                f"it should be {want}"
             )
         if why:
             message = f"{step.run}: at step {step.label} the optimizer is from another step: {why}"

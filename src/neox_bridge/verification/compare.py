@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 DifferenceKind = Literal[
     "equal", "values", "bytes", "shape", "dtype", "only-first", "only-second", "replicas"
 ]
+ONE_SIDED = {"only-first": "only in the first", "only-second": "only in the second"}  # kinds
 BLOCK_BYTES = 4 << 20  # bytes of each side at a time
 # lossless casts; others may overflow
 _EXACT = {

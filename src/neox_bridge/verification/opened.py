@@ -21,12 +21,17 @@ class Opened:
     """A place of a run, with its checkpoint or the reason why it cannot be opened.
 
     The checkpoint is read by its family, or by the names in its files.
+
+    Attributes:
+        family: The checkpoint as its family reads it, if it is read by names because another step
+            of the run must be. Its settings and dtypes can be checked.
     """
 
     run: str
     place: StepLocation
     checkpoint: Checkpoint | StoredModel | None
     fault: Fault | None = None
+    family: Checkpoint | None = None
 
     @property
     def number(self) -> int | None:
@@ -89,7 +94,7 @@ def read_by_names(opened: Opened) -> Opened:
     if not isinstance(checkpoint, Checkpoint) or checkpoint.kind != "hf":
         return opened
     try:
-        return replace(opened, checkpoint=stored_model_of(checkpoint))
+        return replace(opened, checkpoint=stored_model_of(checkpoint), family=checkpoint)
     except (BridgeError, OSError) as error:
         return replace(opened, checkpoint=None, fault=unreadable(opened.run, opened.place, error))
 

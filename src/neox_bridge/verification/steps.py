@@ -36,7 +36,7 @@ class Step:
 
     Attributes:
         meaning: The config under neutral key names, with the sizes of the tensors except the
-            vocabulary.
+            vocabulary; {} if its family is unknown.
         seed: From the yml, or from the run's name (``pythia-70m-seed3``).
         making: The other settings that the initial weights depend on.
         files: The names of the files that contain a tensor, by rank.
@@ -110,6 +110,7 @@ def read_step(
     place: StepLocation,
     checkpoint: Checkpoint | StoredModel,
     *,
+    family: Checkpoint | None = None,
     optimizer: Optimizer | None = None,
     cache: str | None = None,
     workers: int | None = None,
@@ -117,7 +118,9 @@ def read_step(
 ) -> Step:
     """Read everything that is not cached. Raises BridgeError if a file cannot be read.
 
-    optimizer: the optimizer of the checkpoint, if its states are also read.
+    Args:
+        family: A Hugging Face checkpoint as its family reads it, if its weights are read by names.
+        optimizer: The optimizer of the checkpoint, if its states are also read.
     """
     weights = checkpoint
     if optimizer is not None and isinstance(checkpoint, Checkpoint):
@@ -134,16 +137,14 @@ def read_step(
         remember(cache, checkpoint, files, tensors)
     if isinstance(checkpoint, StoredModel):
         tensors = {name: _undecoded(checkpoint, name, one) for name, one in tensors.items()}
-        family = dict[str, Any](
+        facts = dict[str, Any](
             dtype=dtype_of_most_elements(checkpoint), read_by="names", reason=checkpoint.reason
         )
     else:
-        family = dict[str, Any](
-            dtype=checkpoint.config.dtype,
-            meaning=_meaning(checkpoint),
-            making=_making(checkpoint),
-            unknown_keys=checkpoint.unknown_keys,
-        )
+        family = checkpoint
+        facts = dict[str, Any](dtype=checkpoint.config.dtype, making=_making(checkpoint))
+    if family is not None:
+        facts |= {"meaning": _meaning(family), "unknown_keys": family.unknown_keys}
     state = checkpoint.neox
     return Step(
         run=run,
@@ -166,7 +167,7 @@ def read_step(
         tokenizer=_tokenizer(checkpoint.tokenizer) if checkpoint.kind == "hf" else {},
         states={name: tensors[name] for name in tensors if name not in weights.tensors},
         updates=_updates(optimizer) if optimizer is not None else (),
-        **family,
+        **facts,
     )
 
 

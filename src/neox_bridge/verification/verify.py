@@ -25,6 +25,7 @@ from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.verification.compare import (
+    ONE_SIDED,
     Difference,
     compare,
     each,
@@ -216,10 +217,8 @@ def summary(verification: Verification) -> str:
 def describe(difference: Difference) -> str:
     """A difference as text."""
     name = difference.name
-    if difference.kind == "only-first":
-        return f"{name} is only in the first"
-    if difference.kind == "only-second":
-        return f"{name} is only in the second"
+    if difference.kind in ONE_SIDED:
+        return f"{name} is {ONE_SIDED[difference.kind]}"
     if difference.detail:
         return f"{name}: {difference.detail}"
     return (
