@@ -49,7 +49,7 @@ def test_biases_that_only_transformers_has(tmp_path: Path) -> None:
     rewritten(step_of(run) / "layer_02-model_00-model_states.pt", without_biases)
     set_keys(step_of(run), use_bias_in_mlp=False)
     plan = plan_of(run, tmp_path / "back")
-    assert finding(plan, "biases-added").message.startswith("2 biases are missing")
+    assert finding(plan, "biases-added").message.startswith("the source does not contain 2 biases")
 
 
 def test_a_new_optimizer_for_v1(tmp_path: Path) -> None:
