@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from neox_bridge.errors import (
         BridgeError,
         ChoiceNeeded,
+        DiskFull,
         NotOfFamily,
         Refused,
         SettingsMissing,
@@ -69,6 +70,7 @@ __all__ = [
     "ChoiceNeeded",
     "Diff",
     "Difference",
+    "DiskFull",
     "Dropped",
     "Era",
     "Examination",
@@ -108,8 +110,8 @@ _NAMES_BY_MODULE = {
     "api": "audit batch convert diagnose diff execute open_checkpoint plan publish reshard verify",
     "batches.row": "BatchResult BatchRow",
     "doctor.examination": "Examination",
-    "errors": "BridgeError ChoiceNeeded NotOfFamily Refused SettingsMissing TargetUnusable "
-    "Unreachable Unverified UsageError",
+    "errors": "BridgeError ChoiceNeeded DiskFull NotOfFamily Refused SettingsMissing "
+    "TargetUnusable Unreachable Unverified UsageError",
     "execution.result": "Result",
     "findings": "Dropped Finding",
     "frameworks.eras": "Era era_named",

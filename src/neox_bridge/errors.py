@@ -59,6 +59,25 @@ class TargetUnusable(BridgeError):
     """The target cannot be written as it is. A retry does not help."""
 
 
+class DiskFull(BridgeError):
+    """The disk does not have enough free space.
+
+    Attributes:
+        reason: What does not fit where, as a full sentence.
+        advice: What to do, as full sentences.
+        needed: How many bytes must be free for another attempt.
+    """
+
+    def __init__(self, reason: str, advice: str, needed: int) -> None:
+        super().__init__(reason, advice, needed)  # so that it can be pickled
+        self.reason = reason
+        self.advice = advice
+        self.needed = needed
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.advice}"
+
+
 class NotOfFamily(BridgeError):
     """The files can be read, but they are not a whole model of a family that is converted.
 

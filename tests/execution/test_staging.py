@@ -15,7 +15,7 @@ import pytest
 import xxhash
 from tiny import Inline, convert, plan_of, write_hf
 
-from neox_bridge.errors import BridgeError, Refused, Unreachable, Unverified
+from neox_bridge.errors import BridgeError, DiskFull, Refused, Unreachable, Unverified
 from neox_bridge.execution import disk, exchange, output, units
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.execute import execute
@@ -763,8 +763,8 @@ FULL = "No space left while writing {}: 1,234 bytes are needed in total. Free so
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (OSError(errno.ENOSPC, "full"), BridgeError, FULL),
-        (OSError(errno.EDQUOT, "quota"), BridgeError, "The quota is exceeded while writing {}: "),
+        (OSError(errno.ENOSPC, "full"), DiskFull, FULL),
+        (OSError(errno.EDQUOT, "quota"), DiskFull, "The quota is exceeded while writing {}: "),
         (OSError(errno.EEXIST, "there"), BridgeError, "{} exists and is not empty."),
         (OSError(errno.ENOTEMPTY, "there"), BridgeError, "{} exists and is not empty."),
         (OSError(errno.EIO, "I/O error"), BridgeError, "{} cannot be written: I/O error."),

@@ -50,7 +50,7 @@ def results(
     path.write_text(json.dumps([{**defaults, **job} for job in jobs]))
     where = tree if os.path.isabs(tree) else f"{HOME}/{tree}"
     command = [python, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += [f"--master_port={20000 + os.getpid() % 20000}", str(SCRIPT), where, str(path)]
+    command += [f"--master_port={20000 + os.getpid() % 12000}", str(SCRIPT), where, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     found = results_in(done.stdout)
     assert len(found) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
@@ -95,7 +95,7 @@ def run_alone(
         code = INSTALLED.format(src=src, script=str(SCRIPT))
         command = [python, "-c", code, "run_cpu", str(tree), str(path)]
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    alone["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    alone["MASTER_PORT"] = str(20000 + os.getpid() % 12000)
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=1200, env={**os.environ, **alone}
     )

@@ -19,6 +19,7 @@ import torch
 import yaml
 from checkpoint_edits import tokenizer
 from common import TESTS, convert, make_hf
+from disks import disk, fill, slowed, small_disk
 from real_training import PRECISION
 
 from neox_bridge import verify
@@ -215,7 +216,7 @@ def test_kills_leave_whole_checkpoints_and_exports(
     (tmp_path / "jobs.json").write_text(json.dumps([{**job, "losses": 90}]))
     tree = str(real_neox.tree_of("today"))
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    alone["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    alone["MASTER_PORT"] = str(20000 + os.getpid() % 12000)
     trainer = subprocess.Popen(
         [neox_python, str(real_neox.SCRIPT), tree, str(tmp_path / "jobs.json")],
         env={**os.environ, **alone},
@@ -262,6 +263,88 @@ def exporters(target: Path) -> list[int]:
         if b"neox_bridge.training.exporter" in words and str(target).encode() in words:
             ids.append(int(path.parent.name))
     return ids
+
+
+# disks that are really full or slow; with root
+
+
+def steps_of(folder: Path) -> list[str]:
+    """The steps that GPT-NeoX saved, with the bytes of each."""
+    return [f"{p.name} {bytes_of(p)}" for p in sorted(folder.glob("global_step*"))]
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def alone(neox_python: str, inside: None, tmp_path: Path) -> tuple[dict[str, Any], list[float]]:
+    """A job that exports, and the losses of a run of it that does not."""
+    hf = make_hf(tmp_path / "hf", torch.float32)
+    tokenizer(hf / "tokenizer.json")
+    job = exporting(hf, "today", (1, 0), tmp_path)
+    plain = {**job, "set": {"save": str(tmp_path / "plain")}, "save": str(tmp_path / "plain")}
+    (result,) = run(neox_python, "today", 1, [plain], tmp_path)
+    return job, result["losses"]
+
+
+def test_a_run_goes_on_while_the_disk_of_the_exports_is_full(
+    neox_python: str, alone: tuple[dict[str, Any], list[float]], tmp_path: Path
+) -> None:
+    job, losses = alone
+    with small_disk(tmp_path / "exported", 1 << 20):
+        filler = fill(tmp_path / "exported")
+        (result,) = run(neox_python, "today", 1, [job], tmp_path)
+        assert result["losses"] == losses
+        assert steps_of(tmp_path / "run") == steps_of(tmp_path / "plain")
+        assert not list((tmp_path / "exported").glob("step*"))
+        filler.unlink()
+        wait_for(tmp_path / "exported" / JOURNAL, "done 5\n")  # the last of them
+        log = (tmp_path / "exported" / LOG).read_text()
+        assert f"step 5 failed: No space left while writing {tmp_path}/exported/step5" in log
+        check_exports(tmp_path, (5, 10, 15, 20))
+
+
+def test_exports_leave_a_shared_disk_to_the_checkpoints(
+    neox_python: str, alone: tuple[dict[str, Any], list[float]], tmp_path: Path
+) -> None:
+    """The four checkpoints and two exports would fit, but not four and three."""
+    job, losses = alone
+    convert(tmp_path / "plain" / "global_step5", tmp_path / "export", to="hf")
+    export, run_bytes = bytes_of(tmp_path / "export"), bytes_of(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "without")
+    with small_disk(tmp_path / "disk", run_bytes + export * 5 // 2) as disk:
+        keys = {"save": str(disk / "run"), "save_hf": str(disk / "exported")}
+        (result,) = run(
+            neox_python, "today", 1, [{**job, "set": keys, "save": keys["save"]}], tmp_path
+        )
+        assert result["losses"] == losses
+        assert steps_of(disk / "run") == steps_of(tmp_path / "without")
+        wait_for(disk / "exported" / JOURNAL, "done 20\n")
+        for process in exporters(disk / "exported"):  # it would wait for space for minutes
+            os.kill(process, signal.SIGKILL)
+        source = str(disk / "run" / "global_step20")
+        assert verify(source, str(disk / "exported" / "step20")).holds
+
+
+def test_a_run_is_faster_than_the_disk_of_its_exports(
+    neox_python: str, alone: tuple[dict[str, Any], list[float]], tmp_path: Path
+) -> None:
+    """GPT-NeoX removes steps before they are exported. The last one is there in the end."""
+    job, losses = alone
+    job["set"]["keep_last_n_checkpoints"] = 1
+    with disk(tmp_path / "exported", 64 << 20) as target:
+        with slowed(target, 20_000):
+            (result,) = run(neox_python, "today", 1, [job], tmp_path)
+            assert result["losses"] == losses
+            assert not list(target.glob("step*"))
+        wait_for(target / JOURNAL, "done 20\n")
+        while exporters(target):
+            time.sleep(0.1)
+        log = (target / LOG).read_text()
+        for step in (5, 10, 15):
+            assert f"step {step} was removed before it was exported" in log
+        check_exports(tmp_path, (20,))
 
 
 LAUNCH = """\

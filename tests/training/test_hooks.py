@@ -165,7 +165,7 @@ def test_the_end_of_a_training_waits_for_the_exports(
     keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
     megatron.saves = [5]
     megatron.training.pretrain(args_of(megatron, hf, tmp_path, **keys))
-    assert "waiting for the exports of the last steps" in capsys.readouterr().out
+    assert f"waiting until {tmp_path}/exported contains the last steps" in capsys.readouterr().out
     log = (tmp_path / "exported" / "neox_bridge_exports.log").read_text()
     assert "step 5 was removed before it was exported" in log  # this stand-in saves nothing
 

@@ -6,7 +6,14 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from neox_bridge.errors import BridgeError, Refused, TargetUnusable, Unreachable, Unverified
+from neox_bridge.errors import (
+    BridgeError,
+    DiskFull,
+    Refused,
+    TargetUnusable,
+    Unreachable,
+    Unverified,
+)
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.install import LATEST, clear, is_begun, settle
 from neox_bridge.execution.journal import finished
@@ -19,6 +26,7 @@ from neox_bridge.stores.fetched import kept_bytes
 from neox_bridge.wording import plural, some
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is exceeded"}
+_MAKE_ROOM = "Free some space, or choose another target."
 
 
 def check_target(
@@ -101,7 +109,7 @@ def holds_others(target: str, names: list[str]) -> Refused:
 
 
 def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
-    """Raise BridgeError if the disk does not have enough free space.
+    """Raise DiskFull if the disk does not have enough free space.
 
     shared: called only in this case. Returns how many of these bytes need no space, because they
     share blocks with a source.
@@ -109,9 +117,11 @@ def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
     parent = _nearest(os.path.dirname(os.path.realpath(target)))
     free = shutil.disk_usage(parent).free
     if free < size and free < (size := size - shared()):
-        raise BridgeError(
+        raise DiskFull(
             f"No space left for {target}: {size:,} bytes are needed and {free:,} are free in "
-            f"{parent}. Free some space, or choose another target."
+            f"{parent}.",
+            _MAKE_ROOM,
+            size,
         )
 
 
@@ -203,9 +213,10 @@ def left_over(folder: str, reason: str) -> Finding:
 def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError:
     kept = kept or "The partial output was deleted."
     if error.errno in _FULL:
-        return BridgeError(
-            f"{_FULL[error.errno]} while writing {target}: {size:,} bytes are needed in total. "
-            f"Free some space, or choose another target. {kept}"
+        return DiskFull(
+            f"{_FULL[error.errno]} while writing {target}: {size:,} bytes are needed in total.",
+            f"{_MAKE_ROOM} {kept}",
+            size,
         )
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
         return BridgeError(f"{_exists(target)} {kept}")

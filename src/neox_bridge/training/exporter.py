@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
+from neox_bridge.errors import DiskFull
 from neox_bridge.layouts.checkpoint import RECORD
-from neox_bridge.layouts.file_names import STEP
+from neox_bridge.training.disk_space import Watch, free_bytes, latest, steps
 from neox_bridge.training.exports import Exports
+from neox_bridge.training.log_file import LogFile
 
 LOG = "neox_bridge_exports.log"
 JOURNAL = ".neox_bridge_exports"
 RETRY_SECONDS = (10.0, 60.0, 300.0)  # before each further try
-_LATEST = "latest"
 _NICENESS = 10
 _WORKERS = 2  # threads, so that the trainer's data loaders keep their cores
 _STEP_FOLDER = re.compile(r"step(\d+)")
@@ -44,21 +46,29 @@ class Pending:
         tries: How often it failed.
         due: When to try it, as a time of ``time.monotonic``.
         converted: Whether only the push is left.
+        needed: While the training goes on, it waits until so many bytes are free.
     """
 
     iteration: int
     tries: int = 0
     due: float = 0.0
     converted: bool = False
+    needed: int = 0
 
 
-def convert_step(exports: Exports, iteration: int) -> str:
+def convert_step(
+    exports: Exports, iteration: int, is_over: Callable[[], bool] = lambda: True
+) -> str:
     """Convert one step and verify it. Returns the folder.
 
     A folder of that name is replaced: a run that went back saves the same iterations again.
 
+    Args:
+        is_over: Whether the training has ended, so that it needs no more disk space.
+
     Raises:
         StepGone: GPT-NeoX removed the step before or while it was read.
+        DiskFull: The disk has no space for it, or only what the next checkpoint needs.
         BridgeError: The step cannot be converted. Also other errors: see ``run``.
     """
     from neox_bridge.api import convert
@@ -68,7 +78,8 @@ def convert_step(exports: Exports, iteration: int) -> str:
     try:
         if not os.path.isdir(source):
             raise StepGone
-        convert(source, target, to="hf", overwrite=True, workers=_WORKERS)
+        watch = Watch(exports, source, is_over)
+        convert(source, target, to="hf", overwrite=True, workers=_WORKERS, progress=watch)
     except BaseException as error:
         # the training needs the disk space more than a further try
         work = os.path.join(exports.target, f".step{iteration}.neox-bridge")
@@ -76,6 +87,9 @@ def convert_step(exports: Exports, iteration: int) -> str:
         shutil.rmtree(f"{target}.unverified", ignore_errors=True)
         if not os.path.isdir(source):
             raise StepGone from error
+        if isinstance(error, DiskFull):
+            advice = "The partial files were removed. Free some space."
+            raise DiskFull(error.reason, advice, error.needed) from error
         raise
     return target
 
@@ -114,13 +128,14 @@ def run(
     exports: Exports,
     lines: Iterable[str],
     say: Say,
-    convert: Callable[[Exports, int], str] = convert_step,
+    convert: Callable[[Exports, int], str] | None = None,
     push: Callable[[Exports, int], str] = push_step,
 ) -> bool:
     """Export the steps that an earlier run left, and those of ``lines``, until all are settled.
 
-    A step that fails is tried again after RETRY_SECONDS each. An error of any kind counts as a
-    failure: the process must go on with the next step.
+    The newest step is first, because GPT-NeoX removes the oldest. A step that fails is tried again
+    after RETRY_SECONDS each, and on a full disk not before there is space or the training has
+    ended. An error of any kind counts as a failure: the process must go on with the next step.
 
     Returns:
         Whether no step failed for good.
@@ -128,10 +143,16 @@ def run(
     journal = Journal(os.path.join(exports.target, JOURNAL), say)
     incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
+    is_over = threading.Event()
+    convert = convert or partial(convert_step, is_over=is_over.is_set)
+
     def read() -> None:
-        for line in lines:
-            incoming.put(line)
-        incoming.put(None)
+        try:
+            for line in lines:
+                incoming.put(line)
+        finally:
+            is_over.set()
+            incoming.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     pending = [Pending(iteration) for iteration in journal.left(exports)]
@@ -139,13 +160,15 @@ def run(
         say(f"steps left by an earlier run: {', '.join(str(p.iteration) for p in pending)}")
     is_open, failed = True, False
     while is_open or pending:
-        step = min(pending, key=lambda p: (p.due, p.iteration), default=None)
+        step = min(pending, key=lambda p: (p.due, -p.iteration), default=None)
         seconds = None if step is None else max(0.0, step.due - time.monotonic())
         if is_open and (seconds != 0.0 or not incoming.empty()):
             with suppress(queue.Empty):
                 line = incoming.get(timeout=seconds)
                 if line is None:
                     is_open = False
+                    for p in pending:
+                        p.due = 0.0 if p.needed else p.due
                 elif line.strip().isdigit():
                     iteration = int(line)
                     journal.note("saved", iteration)
@@ -154,6 +177,9 @@ def run(
             continue
         assert step is not None
         time.sleep(seconds or 0.0)
+        if is_open and not _has_space(exports, step):
+            step.due = time.monotonic() + RETRY_SECONDS[0]
+            continue
         pending.remove(step)
         try:
             _export(exports, step, say, convert, push)
@@ -169,12 +195,21 @@ def run(
                 say(f"step {step.iteration} failed: {text} The next run tries again")
                 continue
             seconds = RETRY_SECONDS[step.tries]
-            say(f"step {step.iteration} failed: {text} Retry in {seconds:g} s")
+            step.needed = error.needed if isinstance(error, DiskFull) else 0
+            when = "once there is space" if step.needed and is_open else f"in {seconds:g} s"
+            say(f"step {step.iteration} failed: {text} Retry {when}")
             step.tries, step.due = step.tries + 1, time.monotonic() + seconds
             pending.append(step)
             continue
         journal.note("done", step.iteration)
     return not failed
+
+
+def _has_space(exports: Exports, step: Pending) -> bool:
+    """Whether a try makes sense, as far as the free space is known."""
+    with suppress(OSError):
+        return free_bytes(exports.target) >= step.needed
+    return True
 
 
 def _export(
@@ -204,6 +239,7 @@ class Journal:
 
     def __init__(self, path: str, say: Say) -> None:
         self.path, self._say = path, say
+        self._file = LogFile(path)
 
     def left(self, exports: Exports) -> list[int]:
         """The iterations that were saved and are not done, in order.
@@ -211,9 +247,9 @@ class Journal:
         These include steps that are later than all in the journal: the process was killed before
         it knew of them.
         """
-        latest = _latest(exports.save)
+        newest = latest(exports.save)
         if not os.path.exists(self.path):
-            self.note("after", latest)
+            self.note("after", newest)
             return []
         is_done: dict[int, bool] = {}
         with open(self.path, encoding="ascii", errors="replace") as file:
@@ -221,31 +257,14 @@ class Journal:
                 word, _, number = line.strip().partition(" ")
                 if number.lstrip("-").isdigit() and word in ("saved", "done", "after"):
                     is_done[int(number)] = word != "saved"
-        last = max(is_done, default=latest)
-        unknown = [n for n in _steps(exports.save) if last < n <= latest and exports.is_due(n)]
+        last = max(is_done, default=newest)
+        unknown = [n for n in steps(exports.save) if last < n <= newest and exports.is_due(n)]
         return sorted([*(n for n, done in is_done.items() if not done), *unknown])
 
     def note(self, word: str, iteration: int) -> None:
         """Append a line. If the disk is full, say so."""
-        try:
-            with open(self.path, "a", encoding="ascii") as file:
-                file.write(f"{word} {iteration}\n")
-        except OSError as error:
+        if error := self._file.append(f"{word} {iteration}"):
             self._say(f"{self.path} cannot be written: {error}")
-
-
-def _steps(save: str) -> list[int]:
-    with suppress(OSError):
-        return [int(m[1]) for name in os.listdir(save) if (m := STEP.fullmatch(name))]
-    return []
-
-
-def _latest(save: str) -> int:
-    """The iteration that ``latest`` names; -1 if the run has saved none."""
-    with suppress(OSError), open(os.path.join(save, _LATEST), encoding="utf-8") as file:
-        if match := STEP.fullmatch(file.read().strip()):
-            return int(match[1])
-    return -1
 
 
 @contextmanager
@@ -271,15 +290,15 @@ def main() -> None:
     options = parser.parse_args()
     os.nice(_NICENESS)
     exports = Exports(options.save, options.target, options.interval, options.keep, options.push)
-    log = os.path.join(exports.target, LOG)
+    log = LogFile(os.path.join(exports.target, LOG))
 
     def say(text: str) -> None:
         line = f"neox-bridge: {text}"
         with suppress(OSError):  # the trainer's stderr may be closed
             print(line, file=sys.stderr, flush=True)
-        with suppress(OSError), open(log, "a", encoding="utf-8") as file:  # the disk may be full
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
+    os.makedirs(exports.target, exist_ok=True)  # it may have been removed since the run started
     with _alone(exports.target):
         sys.exit(0 if run(exports, sys.stdin, say) else 1)
 

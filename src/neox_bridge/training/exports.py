@@ -103,8 +103,12 @@ class ExporterProcess:
 
         Raises OSError if the folder or the process cannot be created.
         """
+        os.makedirs(self.exports.target, exist_ok=True)
+        self._launch()
+
+    def _launch(self) -> None:
+        """Start the process without a look at the folder, whose disk may hang."""
         exports = self.exports
-        os.makedirs(exports.target, exist_ok=True)
         command = [sys.executable, "-m", "neox_bridge.training.exporter"]
         command += [exports.save, exports.target]
         command += ["--interval", str(exports.interval), "--keep", str(exports.keep)]
@@ -128,7 +132,7 @@ class ExporterProcess:
             return
         try:
             if self._process is None or self._process.poll() is not None:
-                self.start()
+                self._launch()
             assert self._process is not None
             assert self._process.stdin is not None
             self._process.stdin.write(f"{iteration}\n".encode())

@@ -186,7 +186,7 @@ def _pretrain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``pretrain``. Rank 0 waits for the last exports, which the end of a job would kill."""
     result = original(*args, **kwargs)
     for exporter in _exporters:
-        say("waiting for the exports of the last steps")
+        say(f"waiting until {exporter.exports.target} contains the last steps")
         exporter.finish()
     return result
 
