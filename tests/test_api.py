@@ -13,13 +13,13 @@ import jsonschema
 import pytest
 from commands import run
 from common import fixture, make_hf
+from schemas import plan_schema
 from tiny import write_hf
 
 import neox_bridge
 from neox_bridge import Options, Resharding, Unverified
 from neox_bridge.cli.spelling import as_options
 from neox_bridge.documents import plain_data
-from neox_bridge.planning.report import plan_schema
 
 ROOT = Path(__file__).parents[1]
 VERBS = (
@@ -194,7 +194,7 @@ def test_every_export_is_documented(name: str) -> None:
 
 
 def forward(function: typing.Any) -> dict[str, typing.Any]:
-    from neox_bridge.execution.digests import HashName
+    from neox_bridge.layouts.record_file import HashName
 
     return vars(inspect.getmodule(function)) | {"HashName": HashName}
 

@@ -27,9 +27,9 @@ from neox_bridge.tensors.fused import GqaOrder
 if TYPE_CHECKING:
     from neox_bridge.batches.row import BatchResult
     from neox_bridge.doctor.examination import Examination
-    from neox_bridge.execution.digests import HashName
     from neox_bridge.execution.result import Result
     from neox_bridge.hub.publish import Published
+    from neox_bridge.layouts.record_file import HashName
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.verification.audit import Audit
     from neox_bridge.verification.diff import Diff

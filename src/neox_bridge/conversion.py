@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from neox_bridge.execution.sink import Check
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open_stored import read_alike
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.verify import Verification
 
-Check = Callable[[str], None]  # raises Unverified if a finished folder differs from the source
 MakeCheck = Callable[[Count | None], Check]
 
 

@@ -27,13 +27,14 @@ from common import (
 from jsonschema import Draft202012Validator
 from mamba_checkpoints import CASES, GENUINE, edit
 from mamba_ssm_model import load, save
+from schemas import plan_schema
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.planning.plan import Plan
-from neox_bridge.planning.report import plan_schema, to_json
+from neox_bridge.planning.report import to_json
 from neox_bridge.verification.diff import diff
 from neox_bridge.verification.verify import verify
 

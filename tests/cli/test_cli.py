@@ -18,13 +18,13 @@ import torch
 from commands import run
 from common import make_hf
 from jsonschema import Draft202012Validator
+from schemas import plan_schema
 
 import neox_bridge
 from neox_bridge import BridgeError, Finding, Refused
 from neox_bridge.architectures import shapes
 from neox_bridge.cli.values import parse_size
 from neox_bridge.execution.result import Result
-from neox_bridge.planning.report import plan_schema
 from neox_bridge.wording import human
 
 TINY = shapes.ModelSize(2, 32, 4, 128)

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
+from schemas import plan_schema
 
 from neox_bridge.findings import Dropped
 from neox_bridge.planning.plan import Plan
-from neox_bridge.planning.report import plan_hash, plan_schema, summary, to_json
+from neox_bridge.planning.report import plan_hash, summary, to_json
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, box
 from neox_bridge.tensors.tensor_ref import TensorRef
 

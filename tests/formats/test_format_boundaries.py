@@ -205,9 +205,9 @@ def test_negative_numbers_are_refused(data: bytes) -> None:
 )
 def test_storages(module: str, kind: str, dtype: str) -> None:
     given = ("storage", Global(module, kind), "7", "cpu", 4)
-    assert storage_ref(given) == StorageRef("7", dtype, 4, "cpu")
-    assert storage_ref((*given, None)) == StorageRef("7", dtype, 4, "cpu")
-    assert storage_ref((*given, ("v", 2, 2))) == StorageRef("7", dtype, 2, "cpu", 2)
+    assert storage_ref(given) == StorageRef("7", dtype, 4)
+    assert storage_ref((*given, None)) == StorageRef("7", dtype, 4)
+    assert storage_ref((*given, ("v", 2, 2))) == StorageRef("7", dtype, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def rebuilt(function: str, *args: Any) -> Any:
     from neox_bridge.formats.pickle_folds import fold
 
     context = Context(lambda tensor: tensor)
-    storage = StorageRef("0", "float32", 9, "cpu")
+    storage = StorageRef("0", "float32", 9)
     return fold(context, Global("torch._utils", function), (storage, *args))
 
 
@@ -256,7 +256,7 @@ V2, V3 = "_rebuild_tensor_v2", "_rebuild_tensor_v3"
 
 
 def test_tensors_are_rebuilt() -> None:
-    storage = StorageRef("0", "float32", 9, "cpu")
+    storage = StorageRef("0", "float32", 9)
     want = PickledTensor(storage, 1, (2, 3), (3, 1), "float32")
     assert rebuilt("_rebuild_tensor", 1, (2, 3), (3, 1)) == want
     assert rebuilt(V2, 1, (2, 3), (3, 1), False, {}) == want
@@ -311,7 +311,7 @@ def test_tensors_with_attributes() -> None:
     from neox_bridge.formats.pickle_folds import fold
 
     context = Context(lambda tensor: "tensor")
-    storage = StorageRef("0", "float32", 9, "cpu")
+    storage = StorageRef("0", "float32", 9)
     from_type = Global("torch._tensor", "_rebuild_from_type_v2")
     inner = (storage, 0, (2,), (1,), False, {})
     made = fold(context, from_type, (Global("torch._utils", V2), Global("a", "T"), inner, {"x": 1}))
@@ -345,7 +345,7 @@ def test_tensors_with_attributes() -> None:
 def test_a_tensor_lies_within_its_storage(
     start: int, numel: int, offset: int, shape: Any, strides: Any, right: bool
 ) -> None:
-    storage = StorageRef("0", "float32", numel, "cpu", start)
+    storage = StorageRef("0", "float32", numel, start)
     tensor = PickledTensor(storage, offset, shape, strides, "float32")
     if not right:
         with pytest.raises(PickleError, match="storage"):
@@ -357,7 +357,7 @@ def test_a_tensor_lies_within_its_storage(
 
 
 def test_offsets_are_in_the_elements_of_the_tensor() -> None:
-    storage = StorageRef("0", "uint8", 16, "cpu", 4)
+    storage = StorageRef("0", "uint8", 16, 4)
     tensor = PickledTensor(storage, 2, (2,), (1,), "float16")
     assert place(tensor, "f", 100, 32).offset == 108
     for dtype in ("complex999", "x"):

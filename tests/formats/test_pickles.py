@@ -241,11 +241,11 @@ def test_tensor_slots_read_back() -> None:
     data, order = dump(tree, SLOTS)
     assert order == ("w", "s", "e")
     value = read(data, persistent=storage_ref)
-    weight = PickledTensor(StorageRef("0", "float32", 6, "cpu"), 0, (2, 3), (3, 1), "float32")
+    weight = PickledTensor(StorageRef("0", "float32", 6), 0, (2, 3), (3, 1), "float32")
     assert value["a"] == weight
     assert value["b"][1] is value["a"]
     assert value["b"][0].shape == ()
-    assert value["c"].storage == StorageRef("2", "uint8", 4, "cpu")
+    assert value["c"].storage == StorageRef("2", "uint8", 4)
     assert value["c"].dtype == "float8_e5m2"
 
 
@@ -258,7 +258,7 @@ def test_unknown_slot_and_value() -> None:
 
 def test_views_of_old_files() -> None:
     pid = ("storage", Global("torch", "FloatStorage"), "7", "cpu", 10, ("8", 2, 5))
-    assert storage_ref(pid) == StorageRef("7", "float32", 5, "cpu", 2)
+    assert storage_ref(pid) == StorageRef("7", "float32", 5, 2)
 
 
 @pytest.mark.parametrize(

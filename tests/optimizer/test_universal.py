@@ -27,6 +27,7 @@ from resharding import (
     reshard,
     tensor,
 )
+from schemas import plan_schema
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
@@ -35,7 +36,6 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.planning.report import plan_schema
 
 GENUINE = DATA.parent / "universal"
 BIASES = ("attention.dense.bias", "mlp.linear2.bias")

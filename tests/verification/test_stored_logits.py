@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.open_stored import open_as_stored
+from neox_bridge.layouts.open_stored import open_any, stored_model_of
 from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.verification import stored_logits, transformers_run
 from neox_bridge.verification.logits import Agreement, LoadChange
@@ -71,7 +71,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(folder: Path) -> StoredModel:
-    return open_as_stored(str(folder))
+    return stored_model_of(open_any(str(folder)))
 
 
 def agreement(first: Path, second: Path, tokens: str | None = None) -> Agreement:

@@ -23,7 +23,6 @@ from neox_bridge.architectures.hf_config import (
     whole_number,
 )
 from neox_bridge.architectures.neox_config import (
-    GATED,
     SIZE_KEYS,
     Keys,
     attention_kinds,
@@ -33,6 +32,7 @@ from neox_bridge.architectures.neox_config import (
     refuse_common,
 )
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.detectors import GATED
 from neox_bridge.tensors.geometry import Split
 
 _LAYER = "gpt_neox.layers.{i}."

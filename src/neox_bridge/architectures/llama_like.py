@@ -30,7 +30,6 @@ from neox_bridge.architectures.hf_config import (
 )
 from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, Norm, weights
 from neox_bridge.architectures.neox_config import (
-    GATED,
     SIZE_KEYS,
     Keys,
     attention_kinds,
@@ -39,10 +38,10 @@ from neox_bridge.architectures.neox_config import (
     read_keys,
     refuse_common,
     refuse_era,
-    round_up,
 )
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.detectors import has_gated_mlp
 from neox_bridge.tensors.geometry import Split
 
 # by the name in Hugging Face: the gated activation of GPT-NeoX, and those of `mlp_type: llama`
@@ -208,19 +207,11 @@ def _read_neox(
     )
 
 
-def gated_width(setting: int, multiple: int = 1) -> int | None:
-    """The width of a gated MLP in GPT-NeoX with this ``intermediate_size`` in the yml.
-
-    None if the shapes of its two matrices would not match (megatron/model/transformer.py,
-    ParallelMLP).
-    """
-    both = int(setting * 2 / 3)
-    width = round_up(both // 2, multiple)
-    return width if round_up(both, 2 * multiple) == 2 * width else None
-
-
 def gated_setting(width: int) -> int:
-    """The intermediate_size that gives a width with ``mlp_multiple_of: 1``; see ``gated_width``."""
+    """The intermediate_size that gives a width with ``mlp_multiple_of: 1``.
+
+    Source: megatron/model/transformer.py, ParallelMLP.
+    """
     return 3 * width
 
 
@@ -340,7 +331,7 @@ def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
     biases = raw.get("use_bias_in_attn_linear", True) is not False
     if family.biases in ("qkv", "none") and biases != (family.biases == "qkv"):
         return False
-    is_gated = raw.get("activation") in GATED or raw.get("mlp_type") == "llama"
+    is_gated = has_gated_mlp(raw)
     return is_gated and raw.get("norm") == family.norm
 
 

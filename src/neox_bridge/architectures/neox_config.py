@@ -25,7 +25,6 @@ _MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("attention_config", "rwkv"): ("v1.0", "2024-03"),  # #1198
     ("activation", "silu"): ("v1.0",),
 }
-GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activations.py
 
 
 def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:

@@ -30,7 +30,6 @@ from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.llama_like import ACTIVATIONS, ERA_KEYS, OLD_MLP, gated_setting
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.neox_config import (
-    GATED,
     SIZE_KEYS,
     attention_kinds,
     neox_fields,
@@ -40,6 +39,7 @@ from neox_bridge.architectures.neox_config import (
 )
 from neox_bridge.architectures.starcoder2 import ARCHITECTURE as STARCODER2
 from neox_bridge.errors import Refused
+from neox_bridge.frameworks.detectors import GATED, has_gated_mlp
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
 from neox_bridge.wording import plural
@@ -174,7 +174,7 @@ class _Model:
 
     @property
     def gated(self) -> bool:
-        return self.raw.get("activation") in GATED or self.raw.get("mlp_type") == "llama"
+        return has_gated_mlp(self.raw)
 
     @property
     def grouped_query(self) -> bool:

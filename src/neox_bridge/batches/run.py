@@ -14,7 +14,6 @@ from neox_bridge.batches.row import BatchRow
 from neox_bridge.batches.target_state import TargetState, decision, state_of
 from neox_bridge.conversion import plan_conversion, source_check
 from neox_bridge.errors import BridgeError, Refused, TargetUnusable, Unverified, UsageError
-from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.execute import execute, sources_of
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
@@ -22,6 +21,7 @@ from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.sink import recorded_texts
 from neox_bridge.execution.staging import check_target, set_aside, sweep
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.record_file import HashName
 from neox_bridge.layouts.unknown_keys import ignorable
 from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.sink import recorded_sources
 from neox_bridge.formats.bounded_json import parse_json
-from neox_bridge.layouts.record_file import written_files
+from neox_bridge.layouts.record_file import HashName, written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.paths import is_local, isdir, listdir, states, walk

@@ -10,8 +10,8 @@ from neox_bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.cli.options import Details
-    from neox_bridge.execution.digests import HashName
     from neox_bridge.frameworks.facts import TransformersFacts
+    from neox_bridge.layouts.record_file import HashName
     from neox_bridge.planning.options import Options
 
 _LEAVE_OUT = "Leave one of them out."

@@ -2,15 +2,15 @@
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.execution.buffers import buffer
+from neox_bridge.layouts.record_file import HashName
 from neox_bridge.stores.paths import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HashName = Literal["xxh3_128", "sha256"]
 STEP_BYTES = 1 << 20
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.execution.context import Context, Overflow
-from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.disk import DiskSink
 from neox_bridge.execution.files import Identity, check_same, identities
 from neox_bridge.execution.journal import Key
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.sink import Check, Job, Sink
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.record_file import HashName
 from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash

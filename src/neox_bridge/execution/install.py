@@ -7,7 +7,6 @@ where files belong. A run that finds it completes the moves and deletes the repl
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,9 @@ from neox_bridge.execution.exchange import swap
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.record_file import STEP_FOLDER
 
 LATEST = ("latest", "latest_universal")  # the file in a run's root that names its newest step
-_STEP = re.compile(r"global_step\d+(_universal)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +232,7 @@ def _read(work: Work) -> Moves | None:
         beside, retired = tuple(map(str, entry["beside"])), tuple(map(str, entry["retired"]))
         step = entry["step"]
         names = (*beside, *retired)
-        fits = step is None or _STEP.fullmatch(step)
+        fits = step is None or STEP_FOLDER.fullmatch(step)
         if fits and all(os.path.basename(name) == name not in ("", ".", "..") for name in names):
             device, inode = map(int, entry["folder"])
             return Moves(step, bool(entry["replace"]), (device, inode), beside, retired)

@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import STEP_BYTES, HashName, hash_file
+from neox_bridge.execution.digests import STEP_BYTES, hash_file
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.work import Work
+from neox_bridge.layouts.record_file import HashName
 
 
 @dataclass(frozen=True, slots=True)

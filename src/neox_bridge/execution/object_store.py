@@ -16,7 +16,7 @@ from hashlib import sha256
 
 from neox_bridge.errors import BridgeError, Unreachable, Unverified
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hash_bytes
+from neox_bridge.execution.digests import hash_bytes
 from neox_bridge.execution.install import LATEST, RootFiles
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.movers import move
@@ -28,7 +28,7 @@ from neox_bridge.execution.write_tensor import fill_tensor
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.known_files import foreign_objects
-from neox_bridge.layouts.record_file import recorded_files
+from neox_bridge.layouts.record_file import HashName, recorded_files
 from neox_bridge.stores.lock import Lock, locked
 from neox_bridge.stores.objects import (
     abort_uploads,

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hash_bytes
+from neox_bridge.execution.digests import hash_bytes
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.movers import SEND_BYTES, move, send, write
 from neox_bridge.execution.reserving import reserve
 from neox_bridge.execution.threads import Task, followed, run_all
 from neox_bridge.execution.trailing_hashes import Trail
 from neox_bridge.execution.write_tensor import fill_tensor, write_tensor
+from neox_bridge.layouts.record_file import HashName
 from neox_bridge.stores.fetched import fetch_folder, keeping
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 

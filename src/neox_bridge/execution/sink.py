@@ -17,7 +17,7 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.paths import states
 from neox_bridge.tensors.pieces import OutputFile
 
-Check = Callable[[str], None]  # compares the finished folder with its source
+Check = Callable[[str], None]  # raises Unverified if a finished folder differs from its source
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from neox_bridge.execution.digests import HashName, hasher
+from neox_bridge.execution.digests import hasher
+from neox_bridge.layouts.record_file import HashName
 from neox_bridge.stores.store import PARTS_AT_ONCE, Upload, part_size
 
 # buffers per object: one is filled, one waits, one was handed over, the others are being sent

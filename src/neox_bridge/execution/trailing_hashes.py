@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hash_range, hasher
+from neox_bridge.execution.digests import hash_range, hasher
+from neox_bridge.layouts.record_file import HashName
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 _LEAST_BYTES = 8 << 20  # minimum bytes to hash at once

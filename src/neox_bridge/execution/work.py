@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from neox_bridge.execution.lock import take
-from neox_bridge.layouts.interrupted import MOVES, SUFFIX
+from neox_bridge.layouts.interrupted import MOVES
+from neox_bridge.stores.store import WORK
 
 _LONGEST = 150  # bytes of a name that fits with our prefix and suffix
 
@@ -50,7 +51,7 @@ def work_of(real: str) -> Work:
     parent, name = os.path.split(real)
     if len(os.fsencode(name)) > _LONGEST:
         name = sha256(os.fsencode(name)).hexdigest()[:32]
-    return Work(os.path.join(parent, f".{name}{SUFFIX}"))
+    return Work(os.path.join(parent, f".{name}{WORK}"))
 
 
 @contextlib.contextmanager

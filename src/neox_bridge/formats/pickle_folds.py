@@ -73,7 +73,6 @@ class StorageRef:
     key: str
     dtype: str
     numel: int
-    location: str
     start: int = 0
 
 
@@ -120,16 +119,16 @@ def storage_ref(pid: object) -> StorageRef:
     Source: torch/serialization.py, ``persistent_load`` of ``_load`` and ``_legacy_load``.
     """
     match pid:
-        case ("storage", Global(module, name), str(key), str(location), int(numel), *rest):
+        case ("storage", Global(module, name), str(key), str(), int(numel), *rest):
             dtype = BY_STORAGE[name].name if name in BY_STORAGE else name
             if (module, name) == ("torch.storage", "UntypedStorage"):
                 dtype = "uint8"
             match rest:
                 case [] | [None] if 0 <= numel < _MAX_SIZE:
-                    return StorageRef(key, dtype, numel, location)
+                    return StorageRef(key, dtype, numel)
                 case [(_, int(start), int(size))] if min(start, size) >= 0:
                     if max(start, size) < _MAX_SIZE:
-                        return StorageRef(key, dtype, size, location, start)
+                        return StorageRef(key, dtype, size, start)
     raise PickleError("a persistent id does not name a PyTorch storage")
 
 

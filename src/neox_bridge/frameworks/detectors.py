@@ -5,7 +5,7 @@ from typing import Any
 
 from neox_bridge.frameworks.change import Described
 
-GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
+GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activations.py
 HALF = ("float16", "bfloat16")
 # Keys of mixtures of experts that GPT-NeoX removed.
 MOE_KEYS = tuple(
@@ -37,8 +37,12 @@ def on(name: str) -> Callable[[Described], bool]:
     return neox(lambda c: bool(c.raw.get(name)))
 
 
+def has_gated_mlp(raw: Mapping[str, Any]) -> bool:
+    return raw.get("activation") in GATED or raw.get("mlp_type") == "llama"
+
+
 def is_gated(c: Described) -> bool:
-    return c.raw.get("activation") in GATED or c.raw.get("mlp_type") == "llama"
+    return has_gated_mlp(c.raw)
 
 
 def is_te(c: Described) -> bool:

@@ -230,8 +230,9 @@ def neighbour_of(name: str, known: Iterable[str]) -> tuple[str, bool]:
     return (close[0] if close else ""), False
 
 
-def _slips(a: str, b: str, most: int = 2) -> int:
-    """The number of missing, extra, wrong and swapped letters; most + 1 if there are more."""
+def _slips(a: str, b: str) -> int:
+    """The number of missing, extra, wrong and swapped letters, up to 3."""
+    most = 2
     if abs(len(a) - len(b)) > most:
         return most + 1
     before: list[int] = []

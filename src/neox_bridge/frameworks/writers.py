@@ -11,10 +11,10 @@ from typing import Any
 
 from neox_bridge.frameworks.deepspeed import release_of
 
-_CSR = "csr_tensor_module_names"  # renamed by fcb3ca5e (0.5.5, 2021-10-27)
+OLD_SPARSE_NAMES = "csr_tensor_module_names"  # renamed by fcb3ca5e (0.5.5, 2021-10-27)
 _SPARSE = "sparse_tensor_module_names"
 _VERSION = "ds_version"
-_SHAPES = "param_shapes"  # moved here from the optimizer's files by 135a6256 (0.6.0, 2022-02-07)
+SHAPES = "param_shapes"  # moved here from the optimizer's files by 135a6256 (0.6.0, 2022-02-07)
 _LONGEST_VERSION = 100  # characters
 # GPT-NeoX required DeeperSpeed, EleutherAI's fork of DeepSpeed, from 92d033d8 on
 _FORK = "DeeperSpeed"
@@ -61,7 +61,7 @@ def writer_of(meta: Mapping[str, Any], optimizer: Sequence[str] = (), tool: str 
     version = meta.get(_VERSION)
     if isinstance(version, str) and 0 < len(version) <= _LONGEST_VERSION:
         return _versioned(version, meta)
-    return _unversioned(optimizer) if _CSR in meta else UNKNOWN
+    return _unversioned(optimizer) if OLD_SPARSE_NAMES in meta else UNKNOWN
 
 
 def words_of(writer: Writer) -> str:
@@ -84,7 +84,7 @@ def words_of(writer: Writer) -> str:
 
 def _versioned(version: str, meta: Mapping[str, Any]) -> Writer:
     """Files with DeepSpeed's version; GPT-NeoX writes no version of its own."""
-    evidence = tuple(key for key in (_VERSION, _SPARSE, _CSR, _SHAPES) if key in meta)
+    evidence = tuple(key for key in (_VERSION, _SPARSE, OLD_SPARSE_NAMES, SHAPES) if key in meta)
     release = release_of(version)
     if release is None:  # a tool that writes its name there
         program, _, number = version.partition(" ")
@@ -103,7 +103,7 @@ def _versioned(version: str, meta: Mapping[str, Any]) -> Writer:
 
 def _unversioned(optimizer: Sequence[str]) -> Writer:
     """Files without DeepSpeed's version, which are those of 0.3.16 and older."""
-    evidence = (f"no {_VERSION}", _CSR)
+    evidence = (f"no {_VERSION}", OLD_SPARSE_NAMES)
     writer = Writer(
         program="GPT-NeoX",
         version="v1.0",

@@ -4,8 +4,8 @@ import os
 
 from neox_bridge.findings import Finding
 from neox_bridge.stores.paths import is_local
+from neox_bridge.stores.store import WORK
 
-SUFFIX = ".neox-bridge"  # of the folder beside a target in which it is made
 MOVES = "moves"  # in it: what belongs where, until everything is there
 
 
@@ -17,7 +17,7 @@ def interrupted(path: str) -> list[Finding]:
     if not is_local(path):
         return []
     parent, name = os.path.split(os.path.realpath(path))
-    folder = os.path.join(parent, f".{name}{SUFFIX}")
+    folder = os.path.join(parent, f".{name}{WORK}")
     if not os.path.lexists(os.path.join(folder, MOVES)):
         return []
     return [

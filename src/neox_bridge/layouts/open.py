@@ -3,9 +3,8 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
@@ -104,19 +103,6 @@ def open_place(
             checkpoint = replace(checkpoint, findings=(*checkpoint.findings, finding))
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     return replace(checkpoint, findings=(*checkpoint.findings, *interrupted(home)))
-
-
-def open_with(source: str, configs: Sequence[str], **options: Any) -> Checkpoint:
-    """``open_checkpoint``, with yml files for a GPT-NeoX checkpoint without a yml.
-
-    options: the other parameters of ``open_checkpoint``.
-    """
-    try:
-        return open_checkpoint(source, **options)
-    except SettingsMissing:
-        if not configs:
-            raise
-        return open_checkpoint(source, configs=configs, **options)
 
 
 def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint | StoredModel) -> None:

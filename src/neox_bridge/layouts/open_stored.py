@@ -8,7 +8,7 @@ from neox_bridge.errors import BridgeError, ChoiceNeeded, NotOfFamily, Refused, 
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.file_names import STEP, is_step_file
 from neox_bridge.layouts.folder_kinds import ForeignFolder
-from neox_bridge.layouts.open import Place, detect, find_place, open_place
+from neox_bridge.layouts.open import Place, find_place, open_place
 from neox_bridge.layouts.quantized import QuantizedModel
 from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.layouts.stored_reader import of_quantized, open_stored
@@ -66,19 +66,6 @@ def open_any(
         if model is None:
             raise
         return _with_place(model, source, place)
-
-
-def open_as_stored(source: str, *, revision: str | None = None) -> StoredModel:
-    """The weights of a Hugging Face repository as they are stored, also of a known family.
-
-    Raises BridgeError if it has no weights, or if a file is damaged or missing.
-    """
-    place = find_place(source, revision, None)
-    model = open_stored(place.path, "", place.revision)
-    if model is None:
-        detect(place.path)  # explains what else the folder is
-        raise BridgeError(f"{place.path} contains no weights. Download them too.")
-    return _with_place(model, source, place)
 
 
 def read_alike(

@@ -18,7 +18,7 @@ from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json
 from neox_bridge.stores.paths import isfile
 
 HashName = Literal["xxh3_128", "sha256"]
-_STEP = re.compile(r"global_step\d+(_universal)?")
+STEP_FOLDER = re.compile(r"global_step\d+(_universal)?")
 
 
 Entry = tuple[int, str | None, HashName | None]  # size, hash and kind of hash of a file
@@ -124,7 +124,7 @@ def _recorded(folder: str, names: Iterable[str]) -> Iterator[tuple[str, str, Ent
     """(step, path, entry) of all files that the records of a folder's steps name, "" of its own."""
     for name in names:
         record = os.path.join(folder, name, RECORD)
-        if (name and not _STEP.fullmatch(name)) or not isfile(record):
+        if (name and not STEP_FOLDER.fullmatch(name)) or not isfile(record):
             continue
         with contextlib.suppress(BridgeError, ValueError, RecursionError):
             hash_name, entries = written_files(parse_json(read_bytes(record)))

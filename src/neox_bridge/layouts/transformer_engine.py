@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from neox_bridge.architectures.neox_config import GATED, number
+from neox_bridge.architectures.neox_config import number
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
+from neox_bridge.frameworks.detectors import GATED
 from neox_bridge.layouts.derived_values import is_zero
 from neox_bridge.tensors.tensor_ref import TensorRef
 

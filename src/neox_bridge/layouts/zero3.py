@@ -18,6 +18,7 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.frameworks.writers import SHAPES
 from neox_bridge.layouts.deepspeed_values import check_meta, check_tensor, shapes
 from neox_bridge.layouts.file_names import ZERO3, optimizer_files, zero3_file
 from neox_bridge.layouts.missing_files import rank_files, told_ranks
@@ -35,7 +36,6 @@ MASTERS = "fp32_flat_groups"
 FRAGMENTS = "frozen_param_fragments"
 FROZEN = "frozen_param_shapes"
 _MODULE = "module"
-_SHAPES = "param_shapes"
 _SHOWN = 7  # files in a message; any number of files can be missing
 _COPY_AGAIN = "Copy the checkpoint again."
 
@@ -99,7 +99,7 @@ def read_zero3(folder: str, names: Sequence[str]) -> Zero3:
             if whole is None:
                 if not prod(ref.shape):
                     raise BridgeError(
-                        f"{models[0]}: the parameter {name} is empty, and neither {_SHAPES} nor "
+                        f"{models[0]}: the parameter {name} is empty, and neither {SHAPES} nor "
                         f"{FROZEN} lists it. {_COPY_AGAIN}"
                     )
             else:
@@ -149,9 +149,9 @@ def zero3_files(folder: str, names: Sequence[str]) -> Zero3Files:
 def model_file(path: str) -> Mapping[str, Any]:
     """The value of a model file. Raises BridgeError if it is not from DeepSpeed."""
     value = read_torch(path)
-    if not isinstance(value, dict) or not isinstance(value.get(_SHAPES), list):
+    if not isinstance(value, dict) or not isinstance(value.get(SHAPES), list):
         raise BridgeError(
-            f"{path} is not a model file of ZeRO stage 3: it contains no list {_SHAPES}. "
+            f"{path} is not a model file of ZeRO stage 3: it contains no list {SHAPES}. "
             f"{_COPY_AGAIN}"
         )
     check_meta(value, path)
@@ -222,7 +222,7 @@ def _frozen(meta: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Whole]:
     listed = mapping(meta, FROZEN, paths[0])
     if not listed:
         return {}
-    (named,) = shapes({_SHAPES: [dict(listed)]}, paths[0])
+    (named,) = shapes({SHAPES: [dict(listed)]}, paths[0])
     sizes = [part_size(shape, len(paths)) for shape in named.values()]
     by_rank = []
     for path in ahead(paths):

@@ -10,11 +10,12 @@ from typing import Any
 
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
+from neox_bridge.frameworks.writers import OLD_SPARSE_NAMES
 from neox_bridge.layouts.untrusted import number, text
 from neox_bridge.optimizer.gradient_scale import CLIPPING
 from neox_bridge.optimizer.rank_states import is_current as current_states
 from neox_bridge.optimizer.states import Group, Optimizer, loss_scaler
-from neox_bridge.planning.neox_files import MP_RANK, OLD_SPARSE_NAMES
+from neox_bridge.planning.neox_files import MP_RANK
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
 OLDEST_VERSION = "0.3.15"  # DeeperSpeed of GPT-NeoX until v1.0, whose files contain no version

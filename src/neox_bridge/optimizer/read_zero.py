@@ -12,6 +12,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.pickles import Record
 from neox_bridge.frameworks.deepspeed import deals_out_parameters
+from neox_bridge.frameworks.writers import SHAPES
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.universal_folder import Parameter, parameter
@@ -28,8 +29,6 @@ from neox_bridge.tensors.flat import Flat, wholes_of
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.wording import plural
 
-_SHAPES = "param_shapes"
-
 
 def _read_ranks(paths: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
     """Read the files of all data-parallel ranks of one model-parallel rank, with their paths.
@@ -41,8 +40,8 @@ def _read_ranks(paths: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
     started = ahead(paths)
     first = next(started)
     values = [(first, optimizer_states(first))]
-    brief = set(values[0][1]) == {"optimizer_state_dict", _SHAPES}
-    until = _SHAPES if brief else None
+    brief = set(values[0][1]) == {"optimizer_state_dict", SHAPES}
+    until = SHAPES if brief else None
     return values + [(path, optimizer_states(path, until)) for path in started]
 
 

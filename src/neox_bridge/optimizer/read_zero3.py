@@ -30,6 +30,7 @@ from neox_bridge.layouts.zero3 import (
     sub_group_sizes,
     zero3_files,
 )
+from neox_bridge.optimizer.rank_states import RANKS
 from neox_bridge.optimizer.read_files import check_weights, generators, same_group, scalar
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.stores.paths import ahead
@@ -39,7 +40,6 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import plural
 
 BASE = "optimizer_state_dict"
-RANKS = "partition_count"
 
 
 def read_zero3_states(checkpoint: Checkpoint, folder: str) -> Optimizer:

@@ -14,9 +14,10 @@ from typing import Any
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.pickle_writer import TensorSlot
-from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
+from neox_bridge.frameworks.writers import OLD_SPARSE_NAMES
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.file_names import states_file
 from neox_bridge.layouts.universal_folder import MASTER
@@ -24,8 +25,8 @@ from neox_bridge.layouts.untrusted import mapping, whole
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.rank_states import INTERVALS, RANKS
 from neox_bridge.optimizer.states import Group, Optimizer, SavedForm, loss_scaler
-from neox_bridge.optimizer.write_zero import RankGroup, flat_slots
-from neox_bridge.planning.neox_files import OLD_SPARSE_NAMES, V1_KEYS
+from neox_bridge.optimizer.write_zero import SIZE, RankGroup, flat_slots
+from neox_bridge.planning.neox_files import V1_KEYS
 from neox_bridge.planning.random_states import old_cuda_state
 from neox_bridge.stores.paths import read_at
 from neox_bridge.tensors.flat import Flat
@@ -34,7 +35,6 @@ from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
 _SINCE_09 = ("dynamic", "dtype")  # fields of loss scalers that are missing in DeeperSpeed 0.3.15
-_SIZE = Global("torch", "Size")
 _GPU_STATES = ("cuda_rng_state", "rng_tracker_states.", "model-parallel-rng")
 
 
@@ -202,7 +202,7 @@ def v1_files(
     flats = [SubPartitions(group.shapes, dp, bucket) for group in groups]
     shapes = {name: shape for group in groups for name, shape in group.shapes.items()}
     param_shapes = OrderedDict(
-        (name, Record(_SIZE, (shapes[name],))) for name in order if name in shapes
+        (name, Record(SIZE, (shapes[name],))) for name in order if name in shapes
     )
     head = {key: value for key, value in optimizer.head.items() if key != "outer"}
     for rank in range(dp):

@@ -20,7 +20,7 @@ from neox_bridge.tensors.fragments import Parts, partition, put, stand_in
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Shape
 
 _ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
-_SIZE = Global("torch", "Size")
+SIZE = Global("torch", "Size")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RankGroup:
 def param_shapes(groups: Sequence[RankGroup]) -> list[Any]:
     """``param_shapes`` of an mp_rank file."""
     return [
-        OrderedDict((name, Record(_SIZE, (shape,))) for name, shape in group.shapes.items())
+        OrderedDict((name, Record(SIZE, (shape,))) for name, shape in group.shapes.items())
         for group in groups
     ]
 

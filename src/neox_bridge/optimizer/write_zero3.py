@@ -16,7 +16,8 @@ from neox_bridge.layouts.file_names import states_file, zero3_file
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import count, mapping
 from neox_bridge.layouts.zero3 import MASTERS
-from neox_bridge.optimizer.read_zero3 import BASE, RANKS
+from neox_bridge.optimizer.rank_states import RANKS
+from neox_bridge.optimizer.read_zero3 import BASE
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, scalar_slots, stage_enum
 from neox_bridge.planning.neox_files import Metadata, NeoxModel, rank_modules

@@ -7,7 +7,7 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, refusals
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
-from neox_bridge.frameworks.eras import Era, known_keys, mlp_biases
+from neox_bridge.frameworks.eras import FLAG, Era, known_keys, mlp_biases
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.frameworks.setting_defaults import COMPUTED_KEYS
 from neox_bridge.frameworks.unknown_keys import effect_of
@@ -17,7 +17,6 @@ from neox_bridge.planning.neox_files import RankLayout
 from neox_bridge.planning.neox_yml import LAYOUT, is_elsewhere
 from neox_bridge.planning.options import Options
 
-INV_FREQ_FLAG = "rotary_save_freqs_buffer"
 # keys that are true by default, so that false changes the model
 _TRUE_BY_DEFAULT = ("use_bias_in_attn_linear",)
 
@@ -202,9 +201,9 @@ def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) ->
         if key in checkpoint.architecture.era_keys and key in known
     }
     if layout.inv_freq == "store" and era.inv_freq_key:
-        changed[INV_FREQ_FLAG] = True
+        changed[FLAG] = True
     else:
-        kept.pop(INV_FREQ_FLAG, None)
+        kept.pop(FLAG, None)
     return EraSettings(
         {key: value for key, value in kept.items() if key in known and key not in changed},
         changed,

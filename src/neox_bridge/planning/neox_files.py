@@ -17,6 +17,7 @@ from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.frameworks.setting_defaults import WRITER
+from neox_bridge.frameworks.writers import OLD_SPARSE_NAMES
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.derived_values import inv_freq_bytes
 from neox_bridge.layouts.file_names import layer_file, rank_file
@@ -50,7 +51,6 @@ MP_RANK: Mapping[str, Any] = {
     "ds_version": "",
 }
 _NOT_AT_START = ("shared_params", "frozen_param_fragments")
-OLD_SPARSE_NAMES = "csr_tensor_module_names"  # see frameworks.writers
 _ON_GPU = ("cuda_rng_state", "model-parallel-rng")
 # the keys of an mp_rank file of GPT-NeoX v1.0, in order (megatron/checkpointing.py and DeeperSpeed
 # 0.3.15 runtime/engine.py, _save_checkpoint)

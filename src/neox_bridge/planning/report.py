@@ -1,6 +1,5 @@
 """A plan as plain data: to print, to save as JSON (``plan.schema.json``), and to hash."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
@@ -109,15 +108,6 @@ def _piece_facts(piece: Piece) -> tuple[object, ...]:
 
 def _facts(ref: TensorRef) -> tuple[object, ...]:
     return ref.file, ref.offset, ref.dtype, ref.shape, ref.strides
-
-
-def plan_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of the result of ``to_json``."""
-    from importlib.resources import files
-
-    text = files("neox_bridge.planning").joinpath("plan.schema.json").read_text(encoding="utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 def by_reason(dropped: Iterable[Dropped]) -> Mapping[str, list[str]]:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-WORK = ".neox-bridge"  # the folder in a target for the files that are only needed to resume
+# the folder in a store's target for the files that are only needed to resume, and on a disk the end
+# of the name of the folder beside a target in which it is made
+WORK = ".neox-bridge"
 PART_BYTES = 8 << 20  # part size of uploads; S3 requires at least 5 MiB
 PARTS_AT_ONCE = 2  # maximum number of parts of one object in flight
 _MAX_PARTS = 10_000  # maximum number of parts of an object; the limit of S3

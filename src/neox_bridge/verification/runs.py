@@ -8,7 +8,7 @@ from urllib.parse import quote, unquote
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.file_names import HF_WEIGHTS
+from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP
 from neox_bridge.layouts.near_names import check_not_local, not_local_either, suggestions
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.folder import HUB, is_hub
@@ -25,7 +25,6 @@ from neox_bridge.stores.paths import (
 from neox_bridge.stores.step_names import NUMBERED, step_of
 from neox_bridge.wording import natural, some
 
-_NEOX = re.compile(r"global_step(\d+)")
 _MARKS = ("config.json", "adapter_config.json", "model_index.json", "modules.json", "latest")
 _WEIGHTS = ("model_states.pt", ".safetensors")
 _DEPTH = 4  # levels of folders to search; deeper ones are probably not a suite but a whole disk
@@ -153,8 +152,8 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
         faults.append(_unreadable(path, error))
         return
     own_number = NUMBERED.fullmatch(os.path.basename(absolute(path)))
-    steps = [name for name in folders if _NEOX.fullmatch(name)]
-    if _NEOX.fullmatch(os.path.basename(absolute(path))):
+    steps = [name for name in folders if STEP.fullmatch(name)]
+    if STEP.fullmatch(os.path.basename(absolute(path))):
         yield _single(path, own_number)
     elif steps:
         faults += _check_latest(path, steps)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.execution.digests import hash_file
 from neox_bridge.findings import Command, Finding
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.known_files import files_below, is_known, is_read
-from neox_bridge.layouts.record_file import written_above, written_files
+from neox_bridge.layouts.record_file import HashName, written_above, written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json, read_text
 from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
@@ -57,16 +57,14 @@ class Seal:
         return all(change.kind in _HARMLESS for change in self.changes)
 
 
-def find_record(path: str, step: int | None = None) -> str:
+def find_record(path: str) -> str:
     """The ``neox_bridge.json`` of a folder: its own, or that of a run's step.
 
     Raises BridgeError if there is none.
     """
     path = afresh(path)
     places = [path]
-    if step is not None:
-        places = [os.path.join(path, f"global_step{step}")]
-    elif isfile(os.path.join(path, "latest")):
+    if isfile(os.path.join(path, "latest")):
         tag = read_text(os.path.join(path, "latest")).strip()
         places.append(os.path.join(path, os.path.basename(tag)))
     elif isdir(path):
