@@ -133,6 +133,11 @@ class ModelConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
 
     @property
+    def untied(self) -> bool:
+        """Whether it has an output layer that is separate from the embeddings."""
+        return not self.tied_embeddings and not self.reward
+
+    @property
     def head_layer(self) -> int:
         """The number of the output layer in GPT-NeoX (megatron/model/gpt2_model.py)."""
         return self.layers + 4
