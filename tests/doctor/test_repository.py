@@ -662,6 +662,7 @@ def test_spellings_that_older_versions_do_not_read(tmp_path: Path) -> None:
     assert found["rope-parameters"]["severity"] == "warning"
     assert found["rope-parameters"]["missing"] == ["config.json: rope_theta"]
     assert found["written-by-newer"]["severity"] == "info"
+    assert found["written-by-newer"]["message"].endswith("is older")
     scaling = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
     edited(folder / "config.json", both(rope_parameters=scaling))
     missing = examined(0, folder, *target)["rope-parameters"]["missing"]

@@ -19,7 +19,7 @@ from neox_bridge.layouts import same_values
 from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.folder_kinds import ForeignFolder
 from neox_bridge.layouts.head import head_findings
-from neox_bridge.layouts.open_stored import open_any, stored_model_of
+from neox_bridge.layouts.stored_reader import open_stored
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 HEAD = "embed_out.weight"
@@ -126,7 +126,8 @@ def by_family(folder: Path) -> tuple[Finding, ...]:
 
 
 def by_names(folder: Path) -> tuple[Finding, ...]:
-    model = stored_model_of(open_any(str(folder)))
+    model = open_stored(str(folder), "")
+    assert model is not None
     assert set(model.index_findings) <= set(model.findings)
     return model.index_findings
 

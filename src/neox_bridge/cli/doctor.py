@@ -25,7 +25,7 @@ from neox_bridge.option import FIX, inherited, option
 from neox_bridge.wording import plural, some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from neox_bridge.doctor.advice import Advice
     from neox_bridge.doctor.compare import Answer, Row
@@ -438,37 +438,16 @@ def _fix_index(
 ) -> dict[str, Any] | None:
     """Write the indexes of shards again; None if they are right."""
     from neox_bridge.doctor.fix_index import index_checker, plan_index_fix
-    from neox_bridge.execution.execute import execute
     from neox_bridge.planning.option_checks import check_outside
-    from neox_bridge.planning.report import remarks
 
     path = repository.model.path
-    where = options.fix or os.path.realpath(path)
     if options.fix is not None:
         check_outside([path], options.fix, "fix")
     fix = plan_index_fix(repository, in_place=options.in_place)
     if fix is None:
         return None
-    if not as_json:
-        _print_changes(fix.plan, fix.changes)
-    facts = {
-        "path": os.path.abspath(where),
-        "files": len(fix.plan.files),
-        "changes": [asdict(change) for change in fix.changes],
-        **remarks(fix.plan),
-    }
-    if options.dry_run:
-        if not as_json:
-            print_line(f"nothing written: {where}")
-        return facts
-    with writing(where):
-        check = index_checker(repository)
-        result = execute(fix.plan, options.fix or path, check=check, in_place=options.in_place)
-    tell_findings(result.findings, quiet=False)
-    if not as_json:
-        count = sum(file.copy_of is None for file in fix.plan.files)
-        print_line(f"fixed {where}: {count} of {len(fix.plan.files)} files rewritten")
-    return facts
+    places = (options.fix or os.path.realpath(path), options.fix or path)
+    return _write_fix(fix.plan, fix.changes, *places, index_checker(repository), options, as_json)
 
 
 def _fix(
@@ -477,10 +456,8 @@ def _fix(
     from neox_bridge.doctor import fixes
     from neox_bridge.doctor.fix_changes import changes_of
     from neox_bridge.doctor.fix_index import with_right_indexes
-    from neox_bridge.execution.execute import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.option_checks import check_outside
-    from neox_bridge.planning.report import remarks
 
     if options.fix is not None:
         check_outside([checkpoint.source], options.fix, "fix")
@@ -506,26 +483,44 @@ def _fix(
     if options.in_place:
         plan = fixes.in_place(checkpoint, plan)
     changes = changes_of(checkpoint, plan)
+    check = fixes.checker(checkpoint, plan)
+    return _write_fix(plan, changes, where, options.fix or home, check, options, as_json)
+
+
+def _write_fix(
+    plan: Plan,
+    changes: Sequence[FileChange],
+    where: str,
+    target: str,
+    check: Callable[[str], None],
+    options: DoctorOptions,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Print what a fix changes, write it unless it is a dry run, and return the facts about it.
+
+    where: what becomes the fixed checkpoint. target: what the plan's files are in, such as a run.
+    """
+    from neox_bridge.execution.execute import execute
+    from neox_bridge.planning.report import remarks
+
     if not as_json:
         _print_changes(plan, changes)
-    facts = {
+    if options.dry_run:
+        done = f"nothing written: {where}"
+    else:
+        with writing(where):
+            result = execute(plan, target, check=check, in_place=options.in_place)
+        tell_findings(result.findings, quiet=False)
+        count = sum(file.copy_of is None for file in plan.files)
+        done = f"fixed {where}: {count} of {len(plan.files)} files rewritten"
+    if not as_json:
+        print_line(done)
+    return {
         "path": os.path.abspath(where),
         "files": len(plan.files),
         "changes": [asdict(change) for change in changes],
         **remarks(plan),
     }
-    if options.dry_run:
-        if not as_json:
-            print_line(f"nothing written: {where}")
-        return facts
-    with writing(where):
-        check = fixes.checker(checkpoint, plan)
-        result = execute(plan, options.fix or home, check=check, in_place=options.in_place)
-    tell_findings(result.findings, quiet=False)
-    if not as_json:
-        count = sum(file.copy_of is None for file in plan.files)
-        print_line(f"fixed {where}: {count} of {len(plan.files)} files rewritten")
-    return facts
 
 
 def _print_changes(plan: Plan, changes: Iterable[FileChange]) -> None:

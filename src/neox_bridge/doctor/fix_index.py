@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.doctor.fix_changes import Edit, FileChange
-from neox_bridge.doctor.fixes import not_copied, other_files
+from neox_bridge.doctor.fixes import other_files, read_back, refuse_not_copied
 from neox_bridge.doctor.repository import Repository, Shards, read_repository
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
@@ -16,7 +16,6 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import FORMAT
 from neox_bridge.stores.paths import is_local, isfile
 from neox_bridge.tensors.pieces import OutputFile
-from neox_bridge.verification.sealed import check_seal, find_record
 from neox_bridge.version import __version__
 from neox_bridge.wording import plural, some
 
@@ -56,11 +55,8 @@ def plan_index_fix(repository: Repository, *, in_place: bool = False) -> IndexFi
             f"{revision or path} is on the Hub, where `in_place=True` cannot replace it. Write a "
             "copy with `fix=DST`."
         )
-    if in_place and (lost := list(not_copied(path))):
-        raise Refused(
-            f"{path} contains what the fixed copy would not, so it is not replaced: "
-            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=DST`."
-        )
+    if in_place:
+        refuse_not_copied(path)
     files: list[OutputFile] = []
     changes: list[FileChange] = []
     for shards in repository.fixable:
@@ -132,14 +128,7 @@ def index_checker(repository: Repository) -> Callable[[str], None]:
     """A check for ``execute``: raises Unverified if a fixed folder is not as planned."""
 
     def check(folder: str) -> None:
-        try:
-            seal = check_seal(find_record(folder))
-            copy = read_repository(folder, "")
-        except BridgeError as error:
-            raise Unverified(f"The fixed copy cannot be read: {error}") from None
-        if seal.changes:
-            names = some([change.path for change in seal.changes])
-            raise Unverified(f"The fixed copy differs from what was written: {names}.")
+        copy = read_back(folder, lambda folder: read_repository(folder, ""))
         if copy.damage or copy.fixable or _places(copy) != _places(repository):
             raise Unverified(f"The fixed copy differs from {repository.model.path}.")
 

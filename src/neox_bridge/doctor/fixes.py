@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from neox_bridge.architectures.transformers_limits import refuse_version
 from neox_bridge.doctor.fix_changes import new_args
@@ -43,10 +43,11 @@ from neox_bridge.stores.paths import listdir, real, walk
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import OutputFile
 from neox_bridge.verification.sealed import check_seal, find_record
-from neox_bridge.verification.verify import summary, verify
+from neox_bridge.verification.verify import Verification, summary, verify
 from neox_bridge.wording import some
 
 # Trees with other names also have other settings for a gated MLP (neox-gated-mlp).
+_Copy = TypeVar("_Copy")
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
@@ -389,11 +390,7 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
     folder = replaced(checkpoint)
     prefix = f"{state.step}/" if state is not None else ""
     files = tuple(file for file in plan.files if file.path.startswith(prefix))
-    if lost := list(not_copied(folder)):
-        raise Refused(
-            f"{folder} contains what the fixed copy would not, so it is not replaced: "
-            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=True`."
-        )
+    refuse_not_copied(folder)
     return replace(plan, files=files)
 
 
@@ -402,7 +399,16 @@ def replaced(checkpoint: Checkpoint) -> str:
     return os.path.realpath(checkpoint.neox.folder if checkpoint.neox else checkpoint.path)
 
 
-def not_copied(folder: str) -> Iterator[str]:
+def refuse_not_copied(folder: str) -> None:
+    """Raise Refused if a folder that a fixed copy replaces contains what the copy does not."""
+    if lost := list(_not_copied(folder)):
+        raise Refused(
+            f"{folder} contains what the fixed copy would not, so it is not replaced: "
+            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=DST`."
+        )
+
+
+def _not_copied(folder: str) -> Iterator[str]:
     """What ``other_files`` skips: links to folders, empty folders, .git, special files."""
     for parent, folders, names in os.walk(folder):
         for name in folders:
@@ -423,22 +429,33 @@ def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
     same weights.
     """
 
+    def read(folder: str) -> Verification:
+        return verify(checkpoint, open_checkpoint(folder, gqa_order=_order(checkpoint, plan)))
+
     def check(folder: str) -> None:
-        try:
-            seal = check_seal(find_record(folder))
-            copy = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
-            comparison = verify(checkpoint, copy)
-        except BridgeError as error:
-            raise Unverified(f"The fixed copy cannot be opened: {error}") from None
-        if seal.changes:
-            names = some([change.path for change in seal.changes])
-            raise Unverified(f"The fixed copy differs from what was written: {names}.")
+        comparison = read_back(folder, read)
         if not comparison.holds:
             raise Unverified(
                 f"The fixed copy differs from {checkpoint.path}: {summary(comparison)}."
             )
 
     return check
+
+
+def read_back(folder: str, read: Callable[[str], _Copy]) -> _Copy:
+    """What ``read`` returns for a fixed copy.
+
+    Raises Unverified if it cannot be read, or if a file has another hash than its record says.
+    """
+    try:
+        seal = check_seal(find_record(folder))
+        copy = read(folder)
+    except BridgeError as error:
+        raise Unverified(f"The fixed copy cannot be read: {error}") from None
+    if seal.changes:
+        names = some([change.path for change in seal.changes])
+        raise Unverified(f"The fixed copy differs from what was written: {names}.")
+    return copy
 
 
 def _order(checkpoint: Checkpoint, plan: Plan) -> GqaOrder | None:

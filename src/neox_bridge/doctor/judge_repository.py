@@ -151,8 +151,10 @@ def _writer(raw: Mapping[str, Any], facts: TransformersFacts) -> Iterator[Case]:
     newest = list(RELEASED)[-1]
     unknown = version_number(version) > version_number(newest)
     if version_number(version) > version_number(facts.version):
-        text = f"config.json was written by transformers {shown(version)}, and {facts.version} "
-        "is older"
+        text = (
+            f"config.json was written by transformers {shown(version)}, and {facts.version} is "
+            "older"
+        )
         if unknown:
             text += f". The newest version that neox-bridge knows is {newest}"
         yield case(

@@ -32,7 +32,7 @@ def setting_faults(steps: Steps) -> Iterator[Fault]:
 
 
 def _of_known_family(steps: Steps) -> list[Step]:
-    return [step for step in steps if step.meaning]
+    return [step for step in steps if step.meaning or step.read_by == "family"]
 
 
 def _odd_configs(steps: Steps) -> Iterator[Fault]:
