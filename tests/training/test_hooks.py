@@ -76,7 +76,7 @@ def test_a_run_starts_from_a_model(
     assert engine.refreshed == 1
     assert [k for k, v in expected.items() if not torch.equal(engine.parameters[k], v)] == []
     size = sum(4 * value.numel() for value in expected.values())
-    assert f"started from {hf}: rank 0 read {size:,} bytes\n" in capsys.readouterr().out
+    assert f"started from {hf}: rank 0 loaded {size:,} bytes\n" in capsys.readouterr().out
 
 
 def test_warnings_of_the_conversion_are_printed(

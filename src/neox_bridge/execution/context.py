@@ -46,6 +46,8 @@ class Context:
         phase: Called when a phase begins. The total of "writing" does not include files that are
             kept from an earlier run.
         every_crc: Whether to read bytes for their CRC-32 that the kernel could copy unread.
+        maps_gaps: Whether parts of a local file with gaps between them are mapped, however small
+            the gaps are. Otherwise they are read with the gaps if these are small.
         cloned: The parts that share blocks with a source, by output file (st_dev, st_ino).
         sharing: Whether two disks can share blocks, for the pairs that were tried.
         overflows: Values that became non-finite, by tensor.
@@ -56,6 +58,7 @@ class Context:
     progress: Count | None = None
     phase: Begin | None = None
     every_crc: bool = False
+    maps_gaps: bool = False
     written: Counter[How] = field(default_factory=Counter)
     cloned: dict[tuple[int, int], list[Shared]] = field(default_factory=dict)
     sharing: dict[Disks, bool] = field(default_factory=dict)

@@ -131,7 +131,8 @@ def load(
             for begin, part, place in halves(start, shape, strides):
                 far[place] = load(ref, begin, part, context)
             return far
-        if not isinstance(fd, int) or extent <= GAPS * size * prod(shape):
+        gaps = 1 if context.maps_gaps else GAPS
+        if not isinstance(fd, int) or extent <= gaps * size * prod(shape):
             data, at = give(extent) if give else np.empty(extent, np.uint8), 0
             movers.read(fd, ref.file, data.data, first)
         else:

@@ -131,7 +131,7 @@ def _start(source: str, neox_args: Any, model: Any) -> None:
         model.module._synchronize_tied_weights()
     if hasattr(model.optimizer, "refresh_fp32_params"):
         model.optimizer.refresh_fp32_params()  # the master weights of ZeRO, fp16 and bf16
-    say(f"started from {source}: rank 0 read {plural(loaded.size, 'byte')}")
+    say(f"started from {source}: rank 0 loaded {plural(loaded.size, 'byte')}")
     for warning in loaded.warnings:
         say(f"warning: {warning}")
 

@@ -363,7 +363,10 @@ class Loaded:
 def load_into(checkpoint: Checkpoint, run: Run, parts: "Iterable[Part]", rank: int) -> Loaded:
     """Fill the parameters of this rank. rank: the tensor-parallel rank."""
     conversion = plan_for(checkpoint, run)
-    context = Context()
+    # Of a row-parallel weight, a rank needs a part of each row. Mapping these parts takes 0.4 to
+    # 1.0 times as long as reading them with the rest of the rows, and reading each by itself up to
+    # 3 times (measured with parts of 0.5 to 16 KB at TP 2, 4 and 8, cached and from the disk).
+    context = Context(maps_gaps=True)
     filled = 0
     try:
         for part in parts:
