@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")  # of cgroup v1's root
 
 
@@ -34,6 +35,11 @@ def small_disk(point: Path, size: int) -> Iterator[Path]:
         yield point
     finally:
         subprocess.run(["umount", "--lazy", point], check=True)
+
+
+def enlarge(point: Path, size: int) -> None:
+    """Give a ``small_disk`` more bytes."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", point], check=True)
 
 
 @contextmanager

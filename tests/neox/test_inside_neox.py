@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import yaml
 from checkpoint_edits import tokenizer
 from common import TESTS, convert, make_hf
-from disks import disk, fill, slowed, small_disk
+from disks import PAGE_BYTES, disk, enlarge, fill, slowed, small_disk
 from real_training import PRECISION
 
 from neox_bridge import verify
@@ -277,6 +278,11 @@ def bytes_of(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+def pages_of(folder: Path) -> int:
+    """The bytes that a folder takes in memory."""
+    return sum(-(-p.stat().st_size // PAGE_BYTES) * PAGE_BYTES for p in folder.rglob("*"))
+
+
 @pytest.fixture
 def alone(neox_python: str, inside: None, tmp_path: Path) -> tuple[dict[str, Any], list[float]]:
     """A job that exports, and the losses of a run of it that does not."""
@@ -292,39 +298,41 @@ def test_a_run_goes_on_while_the_disk_of_the_exports_is_full(
     neox_python: str, alone: tuple[dict[str, Any], list[float]], tmp_path: Path
 ) -> None:
     job, losses = alone
-    with small_disk(tmp_path / "exported", 1 << 20):
-        filler = fill(tmp_path / "exported")
-        (result,) = run(neox_python, "today", 1, [job], tmp_path)
+    with small_disk(tmp_path / "exported", 1 << 20) as disk, ThreadPoolExecutor(1) as pool:
+        filler = fill(disk, left=3 * PAGE_BYTES)  # of which the log takes some
+        running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
+        wait_for(tmp_path / "run" / "latest", "global_step20")
+        wait_for(disk / LOG, "step 20 failed")
+        exported = list(disk.glob("step*"))
+        filler.unlink()
+        (result,) = running.result()
+        assert exported == []
         assert result["losses"] == losses
         assert steps_of(tmp_path / "run") == steps_of(tmp_path / "plain")
-        assert not list((tmp_path / "exported").glob("step*"))
-        filler.unlink()
-        wait_for(tmp_path / "exported" / JOURNAL, "done 5\n")  # the last of them
-        log = (tmp_path / "exported" / LOG).read_text()
-        assert f"step 5 failed: No space left while writing {tmp_path}/exported/step5" in log
+        assert "step 20 failed: No space left" in (disk / LOG).read_text()
         check_exports(tmp_path, (5, 10, 15, 20))
 
 
 def test_exports_leave_a_shared_disk_to_the_checkpoints(
     neox_python: str, alone: tuple[dict[str, Any], list[float]], tmp_path: Path
 ) -> None:
-    """The four checkpoints and two exports would fit, but not four and three."""
+    """The checkpoints and two of four exports would fit."""
     job, losses = alone
     convert(tmp_path / "plain" / "global_step5", tmp_path / "export", to="hf")
-    export, run_bytes = bytes_of(tmp_path / "export"), bytes_of(tmp_path / "plain")
-    (tmp_path / "plain").rename(tmp_path / "without")
-    with small_disk(tmp_path / "disk", run_bytes + export * 5 // 2) as disk:
+    size = pages_of(tmp_path / "plain") + pages_of(tmp_path / "export") * 5 // 2
+    with small_disk(tmp_path / "disk", size) as disk, ThreadPoolExecutor(1) as pool:
         keys = {"save": str(disk / "run"), "save_hf": str(disk / "exported")}
-        (result,) = run(
-            neox_python, "today", 1, [{**job, "set": keys, "save": keys["save"]}], tmp_path
-        )
+        job = {**job, "set": keys, "save": keys["save"]}
+        running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
+        wait_for(disk / "run" / "latest", "global_step20")
+        wait_for(disk / "exported" / JOURNAL, "done ")
+        enlarge(disk, 2 * size)
+        (result,) = running.result()
         assert result["losses"] == losses
-        assert steps_of(disk / "run") == steps_of(tmp_path / "without")
-        wait_for(disk / "exported" / JOURNAL, "done 20\n")
-        for process in exporters(disk / "exported"):  # it would wait for space for minutes
-            os.kill(process, signal.SIGKILL)
-        source = str(disk / "run" / "global_step20")
-        assert verify(source, str(disk / "exported" / "step20")).holds
+        assert steps_of(disk / "run") == steps_of(tmp_path / "plain")
+        for step in (5, 10, 15, 20):
+            source = str(disk / "run" / f"global_step{step}")
+            assert verify(source, str(disk / "exported" / f"step{step}")).holds
 
 
 def test_a_run_is_faster_than_the_disk_of_its_exports(
@@ -333,14 +341,14 @@ def test_a_run_is_faster_than_the_disk_of_its_exports(
     """GPT-NeoX removes steps before they are exported. The last one is there in the end."""
     job, losses = alone
     job["set"]["keep_last_n_checkpoints"] = 1
-    with disk(tmp_path / "exported", 64 << 20) as target:
-        with slowed(target, 20_000):
-            (result,) = run(neox_python, "today", 1, [job], tmp_path)
-            assert result["losses"] == losses
-            assert not list(target.glob("step*"))
-        wait_for(target / JOURNAL, "done 20\n")
-        while exporters(target):
-            time.sleep(0.1)
+    with disk(tmp_path / "exported", 64 << 20) as target, ThreadPoolExecutor(1) as pool:
+        with slowed(target, 10_000):
+            running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
+            wait_for(tmp_path / "run" / "latest", "global_step20")
+            exported = list(target.glob("step*"))
+        (result,) = running.result()
+        assert exported == []
+        assert result["losses"] == losses
         log = (target / LOG).read_text()
         for step in (5, 10, 15):
             assert f"step {step} was removed before it was exported" in log
