@@ -97,9 +97,10 @@ def test_elements_of_sixteen_bytes_differ_as_one(tmp_path: Path) -> None:
     first = np.zeros(4, np.complex128)
     second = first.copy()
     second[1] = 1 + 1j
-    second[3] = 1j
+    second[3] = 2j
     a, b = whole(tmp_path / "a", first), whole(tmp_path / "b", second)
-    assert compare("x", a, b, Context()).differing == 2
+    difference = compare("x", a, b, Context())
+    assert (difference.differing, difference.largest) == (2, 2.0)
 
 
 def test_a_source_of_another_dtype_is_cast_and_not_compared_by_its_bytes(tmp_path: Path) -> None:

@@ -202,8 +202,9 @@ def _measure(name: str, first: Whole, second: Whole, context: Context) -> Differ
         if width > 8:
             apart = apart.reshape(-1, width // 8).any(axis=1)
         differing += int(np.count_nonzero(apart))
+        exact = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
         with np.errstate(all="ignore"):
-            a, b = a.astype(np.float64), b.astype(np.float64)
+            a, b = a.astype(exact), b.astype(exact)
             gap = np.abs(a - b)
             size = np.abs(a)
         odd = np.isnan(gap)
