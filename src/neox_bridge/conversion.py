@@ -140,7 +140,7 @@ def conversion_check(
     """A check for the executor. Raises ValueError if the plan has no source checkpoint."""
     if plan.checkpoint is None:
         raise ValueError("this plan has no source checkpoint to compare the result with")
-    is_fresh = plan.asked.get("optimizer") == "fresh"
+    is_fresh = plan.options.get("optimizer") == "fresh"
     return source_check(plan.checkpoint, progress, is_fresh=is_fresh, workers=workers)
 
 

@@ -22,7 +22,7 @@ from neox_bridge.execution.execute import execute
 from neox_bridge.execution.install import LATEST, RootFiles, clear, install, is_begun, settle
 from neox_bridge.execution.journal import Key, Written, append, begun, finished, resume
 from neox_bridge.execution.movers import SEND_BYTES
-from neox_bridge.execution.placement import Places, View, choose, local_bytes, unasked, unseen
+from neox_bridge.execution.placement import Places, View, choose, local_bytes, unrequested, unseen
 from neox_bridge.execution.staging import (
     check_free,
     check_replaceable,
@@ -1066,7 +1066,7 @@ def test_the_machine_with_most_of_the_bytes_is_chosen_then_the_one_with_most_fre
 
 
 def test_a_machine_is_asked_once() -> None:
-    assert unasked(["/a", "/b", "/c"], {"/a": View(None)}, ["/c"]) == ["/b"]
+    assert unrequested(["/a", "/b", "/c"], {"/a": View(None)}, ["/c"]) == ["/b"]
 
 
 def test_the_lock_goes_last(tmp_path: Path) -> None:

@@ -479,9 +479,9 @@ def test_from_python(tmp_path: Path) -> None:
     assert key == UnknownKey("neox", "rope_scaling", ROPE, "model", file="zz.yml")
     with pytest.raises(Refused, match="rope_scaling"):
         plan_of(root, tmp_path / "out")
-    assert plan_of(root, tmp_path / "out", ignore_keys=("rope_scaling",)).asked["ignore_keys"] == (
-        "rope_scaling",
-    )
+    assert plan_of(root, tmp_path / "out", ignore_keys=("rope_scaling",)).options[
+        "ignore_keys"
+    ] == ("rope_scaling",)
 
 
 def test_inspect_lists_them(tmp_path: Path) -> None:

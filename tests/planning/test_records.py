@@ -16,7 +16,7 @@ from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole, sealed, unsealed
 from neox_bridge.verification.sealed import check_seal, find_record
 
-ASKED = {"tp": 2, "dtype": "keep"}
+OPTIONS = {"tp": 2, "dtype": "keep"}
 SOURCES = {"/somewhere/model.safetensors": (100, 123456789)}
 TOLD = [["model.safetensors", 100, 123456789]]
 
@@ -30,7 +30,7 @@ def folder_of(home: Path, files: dict[str, bytes], hash_name: str = "xxh3_128") 
         path.write_bytes(data)
         digest = xxhash.xxh3_128(data).hexdigest() if hash_name == "xxh3_128" else None
         entries[name] = [len(data), digest]
-    data = sealed(b'{"format": 1}\n', hash_name, entries, asked=ASKED, sources=TOLD, plan="x")
+    data = sealed(b'{"format": 1}\n', hash_name, entries, options=OPTIONS, sources=TOLD, plan="x")
     home.mkdir(exist_ok=True)
     (home / "neox_bridge.json").write_bytes(data)
     return home
@@ -42,7 +42,7 @@ def written(tmp_path: Path) -> Path:
 
 
 def state(folder: Path, **options: Any) -> str:
-    return state_of(str(folder), ASKED, SOURCES, **options)[0]
+    return state_of(str(folder), OPTIONS, SOURCES, **options)[0]
 
 
 # --- the seal
@@ -283,26 +283,26 @@ def test_a_record_changed_after_sealing_is_no_whole_conversion(written: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("asked", "sources"),
+    ("options", "sources"),
     [
-        ({**ASKED, "tp": 1}, SOURCES),
+        ({**OPTIONS, "tp": 1}, SOURCES),
         ({"tp": 2}, SOURCES),
-        (ASKED, {"/somewhere/model.safetensors": (101, 123456789)}),
-        (ASKED, {"/somewhere/model.safetensors": (100, 123456788)}),
-        (ASKED, {"/somewhere/other.safetensors": (100, 123456789)}),
-        (ASKED, {}),
+        (OPTIONS, {"/somewhere/model.safetensors": (101, 123456789)}),
+        (OPTIONS, {"/somewhere/model.safetensors": (100, 123456788)}),
+        (OPTIONS, {"/somewhere/other.safetensors": (100, 123456789)}),
+        (OPTIONS, {}),
     ],
 )
 def test_other_options_or_sources_are_another_conversion(
-    asked: Any, sources: Any, written: Path
+    options: Any, sources: Any, written: Path
 ) -> None:
-    assert state_of(str(written), asked, sources)[0] == "other"
-    assert not is_of((written / "neox_bridge.json").read_bytes(), asked, sources)
+    assert state_of(str(written), options, sources)[0] == "other"
+    assert not is_of((written / "neox_bridge.json").read_bytes(), options, sources)
 
 
 def test_the_sources_may_lie_elsewhere(written: Path) -> None:
     moved = {"/elsewhere/model.safetensors": (100, 123456789)}
-    assert state_of(str(written), ASKED, moved)[0] == "whole"
+    assert state_of(str(written), OPTIONS, moved)[0] == "whole"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[", '{"written": {}}'])

@@ -65,7 +65,7 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str
     record = published_record(model.repo, branch, record_path(plan))
     if (
         record is not None
-        and is_of(record, plan.asked, identities(sources_of(plan)))
+        and is_of(record, plan.options, identities(sources_of(plan)))
         and not changed_texts(record, recorded_texts(plan.checkpoint))
     ):
         return "whole", ""

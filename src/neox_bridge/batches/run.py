@@ -170,7 +170,7 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
     plan = replace(plan, findings=(*plan.findings, *map(_not_there, absent)))
     sources = identities(sources_of(plan))
     texts = recorded_texts(plan.checkpoint)
-    return plan, *state_of(target, plan.asked, sources, texts, every_hash=batch.every_hash)
+    return plan, *state_of(target, plan.options, sources, texts, every_hash=batch.every_hash)
 
 
 def with_plan(row: BatchRow, plan: Plan) -> BatchRow:
@@ -224,7 +224,7 @@ def _published(item: Item, row: BatchRow, plan: Plan, batch: Batch, pool: Pool) 
     with on_hub.made_in(batch.hub, item.name) as work:
         sources = identities(sources_of(plan))
         texts = recorded_texts(plan.checkpoint)
-        state, _ = state_of(work.files, plan.asked, sources, texts, every_hash=True)
+        state, _ = state_of(work.files, plan.options, sources, texts, every_hash=True)
         if state == "whole":  # an earlier run was stopped during the upload
             row = replace(row, status="done")
         else:

@@ -31,7 +31,7 @@ def decision(state: TargetState, overwrite: bool) -> Decision:
 
 def state_of(
     target: str,
-    asked: Mapping[str, object],
+    options: Mapping[str, object],
     sources: Mapping[str, Identity],
     texts: Sequence[Sequence[str]] = (),
     *,
@@ -57,7 +57,7 @@ def state_of(
         hash_name, files = written_files(parse_json(data))
     except (BridgeError, ValueError, RecursionError):
         return "other", f"{target} is not a complete conversion by neox-bridge"
-    if not is_of(data, asked, sources):
+    if not is_of(data, options, sources):
         return "other", f"{target} was converted with other options, or from other files"
     if not is_whole(data):
         return "changed", f"{path} was changed"
@@ -114,11 +114,11 @@ def changed_texts(record: bytes, texts: Sequence[Sequence[str]]) -> list[str]:
     return sorted({name for name, *_ in before ^ {tuple(text) for text in texts}})
 
 
-def is_of(record: bytes, asked: Mapping[str, object], sources: Mapping[str, Identity]) -> bool:
+def is_of(record: bytes, options: Mapping[str, object], sources: Mapping[str, Identity]) -> bool:
     """Whether a record matches these options and source files."""
     try:
         written: dict[str, Any] = parse_json(record)["written"]
-        recorded = written["asked"], written["sources"]
+        recorded = written["options"], written["sources"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return recorded == (json.loads(json.dumps(asked)), recorded_sources(sources))
+    return recorded == (json.loads(json.dumps(options)), recorded_sources(sources))

@@ -96,7 +96,7 @@ def choose(places: Places, views: Mapping[str, Views], free: Mapping[str, int]) 
     return max(able, key=lambda name: (local_bytes(places, views[name]), free[name]), default=None)
 
 
-def unasked(wanted: Iterable[str], views: Views, pending: Collection[str]) -> list[str]:
+def unrequested(wanted: Iterable[str], views: Views, pending: Collection[str]) -> list[str]:
     """The folders that a machine must still be asked about. pending: those already requested."""
     return [folder for folder in wanted if folder not in views and folder not in pending]
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import LOSSES
-from neox_bridge.execution.placement import Places, View, choose, places_of, unasked, unseen
+from neox_bridge.execution.placement import Places, View, choose, places_of, unrequested, unseen
 from neox_bridge.execution.ray_connect import (
     Node,
     connect,
@@ -72,14 +72,14 @@ class _Member:
         code: Whether it has the same code as this process; None until it answers.
         running: Its calls.
         views: Its views of the folders that calls need now.
-        asked: Folders with a pending request.
+        requested: Folders with a pending request.
     """
 
     node: Node
     code: bool | None = None
     running: int = 0
     views: dict[str, View] = field(default_factory=dict)
-    asked: set[str] = field(default_factory=set)
+    requested: set[str] = field(default_factory=set)
 
 
 class RayCluster:
@@ -243,7 +243,7 @@ class RayCluster:
         """
         for member in self._members.values():
             if member.code:
-                self._ask_views(member, unasked(call.folders, member.views, member.asked))
+                self._ask_views(member, unrequested(call.folders, member.views, member.requested))
         known = {
             n: m for n, m in self._members.items() if call.folders <= m.views.keys() and m.code
         }
@@ -308,12 +308,12 @@ class RayCluster:
             for folder in folders:
                 with contextlib.suppress(OSError):
                     wanted[folder] = listed(folder)
-            member.asked.update(folders)
+            member.requested.update(folders)
             then = partial(self._views_answered, member, folders)
             self._task(member, 0, look, (wanted,), then)
 
     def _views_answered(self, member: _Member, folders: list[str], answer: "Future[Any]") -> None:
-        member.asked.difference_update(folders)
+        member.requested.difference_update(folders)
         if self._has_answer(member, answer):
             # if the file is also missing here, the node is not at fault, and the call reports the
             # error

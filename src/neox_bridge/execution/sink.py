@@ -82,7 +82,7 @@ class Job:
                     hash_name or "none",
                     entries(folder, files),
                     plan=self.key.plan,
-                    asked=self.plan.asked,
+                    options=self.plan.options,
                     sources=recorded_sources(self.key.sources),
                     texts=recorded_texts(self.plan.checkpoint),
                 ),

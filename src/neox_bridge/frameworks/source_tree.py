@@ -256,8 +256,8 @@ def _gated_biases(tree: _Tree) -> GatedBiases:
         if not (isinstance(node, ast.If) and any(map(_asserts_no_mlp_bias, node.body))):
             continue
         tree.note("gated_biases", TRANSFORMER, node)
-        asked = {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
-        if rule := next((rules[attribute] for attribute in rules if attribute in asked), None):
+        tested = {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
+        if rule := next((rules[attribute] for attribute in rules if attribute in tested), None):
             return rule
         if any(isinstance(n, ast.Name) and n.id == "mlp_bias" for n in ast.walk(node.test)):
             return "optional"

@@ -19,7 +19,7 @@ def sealed(record: bytes, hash_name: str, files: Mapping[str, Any], **made: obje
     """The record, a JSON object, with what was written.
 
     files: (size in bytes, hash or None) by path. made: what else tells a conversion from others:
-        the plan's hash, what was asked, the sources.
+        the plan's hash, the options, the sources.
     """
     value = json.loads(unsealed(record))
     value["written"] = {"hash": hash_name, "files": dict(files), **made}

@@ -170,15 +170,15 @@ def _git_branch(folder: str) -> str:
     return ""
 
 
-def check_step(asked: int | None, place: StepFolder, number: int | None) -> None:
+def check_step(step: int | None, place: StepFolder, number: int | None) -> None:
     """Raise UsageError if the user names a folder and a step that is not in it.
 
     number: the step of the folder; None if it is unknown.
     """
-    if asked is not None and place.named and number not in (None, asked):
+    if step is not None and place.named and number not in (None, step):
         raise UsageError(
             ["step"],
-            f"{place.folder} is the folder of step {number}, not of {asked}",
+            f"{place.folder} is the folder of step {number}, not of {step}",
             "Leave it out" + (" or name the folder above it." if not place.flat else "."),
         )
 

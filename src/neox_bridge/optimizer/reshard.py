@@ -71,7 +71,7 @@ _ELASTIC = "elastic_checkpoint"
 def plan_reshard(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    asked: Resharding,
+    resharding: Resharding,
     path: str,
     given: States | None = None,
 ) -> Plan:
@@ -82,15 +82,15 @@ def plan_reshard(
     """
     checkpoint = decide_head(checkpoint, None)
     state = checkpoint.neox_state
-    checkpoint = ignoring(checkpoint, asked.ignore_keys)
-    refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
+    checkpoint = ignoring(checkpoint, resharding.ignore_keys)
+    refuse_all(refusals(checkpoint, resharding.ignore_keys), checkpoint.path)
     refuse_all(dtype_refusals(checkpoint), checkpoint.path)
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
     checkpoint, default_findings = with_default_settings(
-        checkpoint, writer_version(optimizer) or "", asked.era
+        checkpoint, writer_version(optimizer) or "", resharding.era
     )
-    optimizer, given, target = _with_target(checkpoint, optimizer, asked, given)
+    optimizer, given, target = _with_target(checkpoint, optimizer, resharding, given)
     weights = with_vocabulary_rows(checkpoint.architecture, target.config, checkpoint.tensors)
     moved = {
         key: with_vocabulary_rows(checkpoint.architecture, target.config, wholes)
@@ -151,7 +151,7 @@ def plan_reshard(
     findings = (
         *unnamed,
         *listed(checkpoint.unknown_keys),
-        *ignored_findings(asked.ignore_keys, carried=True),
+        *ignored_findings(resharding.ignore_keys, carried=True),
         *read,
         *default_findings,
         *step_findings,
@@ -413,19 +413,21 @@ def _small_files(
 def target_states(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    asked: Resharding,
+    resharding: Resharding,
     given: States | None = None,
 ) -> tuple[Optimizer, States | None]:
     """The expected content of the target: the optimizer, and states that differ from the source."""
-    checkpoint, _ = with_default_settings(checkpoint, writer_version(optimizer) or "", asked.era)
-    optimizer, given, _ = _with_target(checkpoint, optimizer, asked, given)
+    checkpoint, _ = with_default_settings(
+        checkpoint, writer_version(optimizer) or "", resharding.era
+    )
+    optimizer, given, _ = _with_target(checkpoint, optimizer, resharding, given)
     return optimizer, given
 
 
 def _with_target(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    asked: Resharding,
+    resharding: Resharding,
     given: States | None,
 ) -> tuple[Optimizer, States | None, Target]:
     """The optimizer of the target, its states if they differ from the source, and the target.
@@ -433,19 +435,19 @@ def _with_target(
     Raises Refused if this is impossible.
     """
     version = writer_version(optimizer)
-    if asked.era is None and is_v1(optimizer):
-        asked = replace(asked, era=era_named("v1.0"))
-    if asked.era is not None:
-        optimizer = in_current_form(optimizer, checkpoint.raw, asked.era.deepspeed)
+    if resharding.era is None and is_v1(optimizer):
+        resharding = replace(resharding, era=era_named("v1.0"))
+    if resharding.era is not None:
+        optimizer = in_current_form(optimizer, checkpoint.raw, resharding.era.deepspeed)
     elif not is_current(optimizer):
         raise Refused(
             f"{checkpoint.path}: DeepSpeed {version or 'before 0.6'} wrote its optimizer states, "
             "and neox-bridge can read but not write this format. Choose the GPT-NeoX that will "
             "resume the run: `era=today`."
         )
-    if asked.zero is not None:
-        optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
-    target = choose_target(checkpoint, optimizer, asked, version)
+    if resharding.zero is not None:
+        optimizer, given = at_stage(checkpoint, optimizer, resharding.zero, given)
+    target = choose_target(checkpoint, optimizer, resharding, version)
     if (shared := checkpoint.architecture.shared) and target.layout.stages > 1:
         raise Refused(f"{checkpoint.path}: {shared_reason(shared)}. Use `pp=1` or `pp=0`.")
     if target.rescaling is not None:

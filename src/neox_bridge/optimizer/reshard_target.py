@@ -66,7 +66,7 @@ class Target:
 
 
 def choose_target(
-    checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, version: str | None
+    checkpoint: Checkpoint, optimizer: Optimizer, resharding: Resharding, version: str | None
 ) -> Target:
     """Resolve the target. Raises Refused if the model or DeepSpeed does not support it.
 
@@ -77,25 +77,25 @@ def choose_target(
     state, raw = checkpoint.neox_state, checkpoint.raw
     options = Options(
         to="neox",
-        tp=asked.tp,
-        pp=asked.pp,
-        layout=asked.layout,
-        row_bias=asked.row_bias,
-        era=asked.era,
+        tp=resharding.tp,
+        pp=resharding.pp,
+        layout=resharding.layout,
+        row_bias=resharding.row_bias,
+        era=resharding.era,
     )
     layout, era = target_layout(checkpoint, options)
-    if asked.era is not None:
+    if resharding.era is not None:
         check_era(checkpoint, layout, era, options)
         refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
-    settings = era_settings(checkpoint, layout, asked.era)
+    settings = era_settings(checkpoint, layout, resharding.era)
     rows = checkpoint.config.dims["vocab"]
     if state.universal:  # it may not contain the rows of padding, which are restored as zeros
         folder = state.folder
         rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
     vocabulary = keep(rows, padding_multiple(state.args, raw), state.tp, layout.tp)
     config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
-    dp = asked.dp or optimizer.dp
-    zero = optimizer.stage if asked.zero is None else asked.zero
+    dp = resharding.dp or optimizer.dp
+    zero = optimizer.stage if resharding.zero is None else resharding.zero
     if zero >= 2 and layout.name == "layers":
         raise Refused(
             f"DeepSpeed does not support ZeRO stage {zero} with pipe_parallel_size 1 or more. Use "
@@ -105,8 +105,8 @@ def choose_target(
         _check_stage_2(layout)
     if zero == 3:
         _check_stage_3(layout)
-    _check_names(checkpoint, zero, universal=asked.universal)
-    if zero in (0, 3) and asked.universal:
+    _check_names(checkpoint, zero, universal=resharding.universal)
+    if zero in (0, 3) and resharding.universal:
         raise Refused(
             "`universal=True`: DeepSpeed loads universal checkpoints only at ZeRO stages 1 and 2. "
             "Use `zero=1`."
@@ -114,9 +114,9 @@ def choose_target(
     ds_config = optimizer.metas[0].get("ds_config") or {}
     mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
     source = batch_of(ds_config, raw, optimizer.dp, mp_rank)
-    before, after = _sides(asked, version, checkpoint, layout, source)
+    before, after = _sides(resharding, version, checkpoint, layout, source)
     accumulation = kept_accumulation(before, after)
-    batch = spread(source, dp, asked.micro_batch, accumulation)
+    batch = spread(source, dp, resharding.micro_batch, accumulation)
     after = replace(after, accumulation=batch.accumulation)
     way_out = _way_out(batch.total // dp, accumulation)
     factor = change_of_scale(before, after, way_out)
@@ -126,9 +126,9 @@ def choose_target(
         scaled_settings = rescaled.yml(settings.raw)
     findings = gradient_findings(version, before, after, rescaled, scaled_settings)
     bounds = tuple(_stages(checkpoint, layout, config))
-    step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
+    step = f"global_step{state.iteration}{'_universal' if resharding.universal else ''}"
     return Target(
-        layout, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source,
+        layout, config, vocabulary, dp, zero, batch, bounds, step, resharding.universal, source,
         rescaled, settings, tuple(findings),
     )  # fmt: skip
 
@@ -217,15 +217,21 @@ def check_row_bias(
 
 
 def _sides(
-    asked: Resharding, version: str | None, checkpoint: Checkpoint, layout: RankLayout, batch: Batch
+    resharding: Resharding,
+    version: str | None,
+    checkpoint: Checkpoint,
+    layout: RankLayout,
+    batch: Batch,
 ) -> tuple[Side, Side]:
     """The gradient scale facts of the source, and of the target with the batch of the source."""
     state = checkpoint.neox_state
     known = pipeline_accumulation(version)
     # since 2025-03, GPT-NeoX requires DeeperSpeed 0.16.5, which sums
-    before = asked.source_engine or known or asked.engine or "sums"
-    resumes = pipeline_accumulation(asked.era.deepspeed) if asked.era is not None else known
-    after = asked.engine or resumes or before
+    before = resharding.source_engine or known or resharding.engine or "sums"
+    resumes = (
+        pipeline_accumulation(resharding.era.deepspeed) if resharding.era is not None else known
+    )
+    after = resharding.engine or resumes or before
     pipeline, stages = state.layout == "layers", max(1, state.pp)
     return (
         Side(before, pipeline, stages if pipeline else 1, batch.accumulation),

@@ -95,7 +95,7 @@ def make_plan(
             *casts,
             *plan.findings,
         ),
-        asked=options.asked(),
+        options=options.non_default(),
         carried=checkpoint.carried.names,
         left=checkpoint.carried.left,
         checkpoint=checkpoint,

@@ -55,7 +55,7 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
     for name, declared in options_of(Options).items():
         check_minimum(name, declared, getattr(options, name))
     kind = kind_of(checkpoint, options)
-    chosen = [name for name in SIDES if name in options.asked() or name in given]
+    chosen = [name for name in SIDES if name in options.non_default() or name in given]
     if wrong := [name for name in chosen if SIDES[name] != kind]:
         other = _NAMES[SIDES[wrong[0]]]
         raise UsageError(

@@ -209,7 +209,7 @@ class Options:
         metavar="NAME",
     )
 
-    def asked(self) -> dict[str, object]:
+    def non_default(self) -> dict[str, object]:
         """The options that differ from the default, as plain data, without local paths."""
         chosen = {
             entry.name: value

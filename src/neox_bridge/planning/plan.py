@@ -32,7 +32,7 @@ class Plan:
         source: A description of the source (see ``plan.schema.json``).
         target: A description of the target.
         blanks: Keys that the user must still fill in, as (file, key).
-        asked: The options that differ from the default (``Options.asked``).
+        options: The options that differ from the default (``Options.non_default``).
         casts: The casts of the source's weights.
         model: The identity of the model of a GPT-NeoX target; None if it is not needed.
         fixed: Keys of a start-up yml whose values must stay as planned.
@@ -53,7 +53,7 @@ class Plan:
     findings: tuple[Finding, ...] = ()
     blanks: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
-    asked: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     casts: tuple[Cast, ...] = ()
     model: ModelIdentity | None = None
     fixed: tuple[str, ...] = ()
