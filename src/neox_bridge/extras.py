@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+from neox_bridge.errors import BridgeError
+
 NAME = "neox-bridge"
 Installer = Literal["pip", "uv pip", "uv tool", "pipx"]
 
@@ -47,6 +49,11 @@ class Installation:
 def install_command(extra: str = "", package: str = "") -> str:
     """The command that adds an extra of this package, or another package, to this environment."""
     return command_for(installation(), extra, package)
+
+
+def missing(what: str, extra: str) -> BridgeError:
+    """The error for a package of an extra that is not installed. what: which it is, and why."""
+    return BridgeError(f"{what}. Install it: {install_command(extra)}")
 
 
 def command_for(here: Installation, extra: str = "", package: str = "") -> str:

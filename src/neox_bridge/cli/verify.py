@@ -15,7 +15,7 @@ from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.documents import document, plain_data
 from neox_bridge.errors import BridgeError, UsageError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import human, plural, some
 
@@ -177,10 +177,7 @@ def _require_torch(device: str) -> None:
     try:
         import torch
     except ImportError:
-        raise BridgeError(
-            "--logits computes with torch, which is missing. Install it: "
-            f"{install_command('verify')}"
-        ) from None
+        raise missing("--logits computes with torch, which is missing", "verify") from None
     if device == "cuda" and not torch.cuda.is_available():
         raise BridgeError(
             "--device cuda: torch finds no CUDA device. Leave the option out to use the CPU."

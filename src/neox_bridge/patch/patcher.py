@@ -8,6 +8,7 @@ side rejects checkpoints of the other: ``Missing key(s)`` or ``Unexpected key(s)
 The original files are kept in ``.neox-bridge.orig`` in the tree, with hashes of both versions.
 """
 
+import ast
 import difflib
 import hashlib
 import json
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked_folder
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.patch.places import (
     HOME,
     HOOK,
@@ -85,10 +86,8 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     try:
         import libcst  # noqa: F401
     except ImportError:
-        raise BridgeError(
-            "libcst is missing, which keeps the formatting of the files that patch edits. Install "
-            f"it: {install_command('patch')}"
-        ) from None
+        what = "libcst is missing, which keeps the formatting of the files that patch edits"
+        raise missing(what, "patch") from None
     from neox_bridge.patch.buffer_forms import find_places, parse
     from neox_bridge.patch.edits import edited
 
@@ -248,8 +247,31 @@ def _refuse_unknown(root: Path, places: list[Place]) -> None:
             "docs/how-to/patch.md shows what to change by hand."
         )
     for place in places:
-        if (root / place.path).is_symlink():
-            raise Refused(f"{root / place.path} is a link. Patch the tree that contains the file.")
+        refuse_link(root / place.path)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise Refused if a file of a tree is in another one."""
+    if path.is_symlink():
+        raise Refused(f"{path} is a link. Patch the tree that contains the file.")
+
+
+def syntax_of(path: str, source: bytes) -> ast.Module:
+    """The syntax tree of a script. Raises Refused if it cannot be parsed."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise Refused(f"{path} cannot be parsed ({reason}); nothing was patched.") from None
+
+
+def partly_patched(path: str) -> Refused:
+    """The error for a script that contains another patch, or a part of one."""
+    return Refused(
+        f"{path} contains a part of the patch, or the patch of another version of neox-bridge. "
+        f"Revert the patch, or restore the script from {KEPT} if you edited it. Then run the "
+        "command again."
+    )
 
 
 def _check_unchanged(root: Path, patch: Patch) -> None:

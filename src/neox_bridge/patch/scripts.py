@@ -16,8 +16,17 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from neox_bridge.errors import Refused
-from neox_bridge.patch.patcher import FilePatch, Patch, has_patch, read, tree_root
-from neox_bridge.patch.places import KEPT, MARK, SCRIPTS_FOLDER, Change
+from neox_bridge.patch.patcher import (
+    FilePatch,
+    Patch,
+    has_patch,
+    partly_patched,
+    read,
+    refuse_link,
+    syntax_of,
+    tree_root,
+)
+from neox_bridge.patch.places import MARK, SCRIPTS_FOLDER, Change
 
 _PREFIX = "_neox_bridge_"
 
@@ -97,8 +106,7 @@ def plan_scripts(tree: str | os.PathLike[str]) -> Patch:
         )
     patches = []
     for script, source in present.items():
-        if (root / script.path).is_symlink():
-            raise Refused(f"{root / script.path} is a link. Patch the tree that contains the file.")
+        refuse_link(root / script.path)
         if not _is_patched(script, source):
             patches.append(_patched(script, source))
     return Patch(str(root), tuple(patches))
@@ -131,19 +139,11 @@ def _is_patched(script: Script, source: bytes) -> bool:
     main = [line.strip() for line in _in_main(script).splitlines()]
     if all(part in text for part in (hook_source(script), _ending(script), *main)):
         return True
-    raise Refused(
-        f"{script.path} contains a part of the patch, or the patch of another version of "
-        f"neox-bridge. Revert the patch, or restore the script from {KEPT} if you edited it. Then "
-        "run the command again."
-    )
+    raise partly_patched(script.path)
 
 
 def _patched(script: Script, source: bytes) -> FilePatch:
-    try:
-        module = ast.parse(source)
-    except (SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise Refused(f"{script.path} cannot be parsed ({reason}); nothing was patched.") from None
+    module = syntax_of(script.path, source)
     try:
         block = _block(script, module)
         parser = _parser(block)

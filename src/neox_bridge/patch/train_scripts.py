@@ -5,12 +5,20 @@ yml. The import is the first statement: it wraps functions that train.py imports
 registers keys before the launcher checks the yml.
 """
 
-import ast
 import os
 
 from neox_bridge.errors import Refused
-from neox_bridge.patch.patcher import FilePatch, Patch, has_patch, read, tree_root
-from neox_bridge.patch.places import KEPT, TRAIN_SCRIPTS, Change
+from neox_bridge.patch.patcher import (
+    FilePatch,
+    Patch,
+    has_patch,
+    partly_patched,
+    read,
+    refuse_link,
+    syntax_of,
+    tree_root,
+)
+from neox_bridge.patch.places import TRAIN_SCRIPTS, Change
 from neox_bridge.patch.scripts import first_statement_line
 
 IMPORT = """\
@@ -53,27 +61,17 @@ def plan_train(tree: str | os.PathLike[str]) -> Patch:
                 "patched. Add `import neox_bridge.neox` as the first line of your own scripts that "
                 "launch, train, evaluate and generate."
             )
-        if (root / name).is_symlink():
-            raise Refused(f"{root / name} is a link. Patch the tree that contains the file.")
+        refuse_link(root / name)
         if has_patch(source):
             if IMPORT.encode() not in source.replace(b"\r\n", b"\n"):
-                raise Refused(
-                    f"{name} contains a part of the patch, or the patch of another version of "
-                    f"neox-bridge. Revert the patch, or restore the script from {KEPT}. Then run "
-                    "the command again."
-                )
+                raise partly_patched(name)
             continue
         patches.append(_patched(name, source))
     return Patch(str(root), tuple(patches))
 
 
 def _patched(name: str, source: bytes) -> FilePatch:
-    try:
-        module = ast.parse(source)
-    except (SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise Refused(f"{name} cannot be parsed ({reason}); nothing was patched.") from None
-    line = first_statement_line(module)
+    line = first_statement_line(syntax_of(name, source))
     lines = source.splitlines(keepends=True)
     newline = "\r\n" if b"\r\n" in source else "\n"
     text = IMPORT.replace("\n", newline).encode()

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from importlib.resources import files
 
-from neox_bridge.errors import BridgeError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.report.parts import Facts, Section, Verdict, worst
 from neox_bridge.version import __version__
 from neox_bridge.wording import plural, wording
@@ -19,9 +18,7 @@ def require() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise BridgeError(
-            f"{error.name} is missing, which reports need. Install it: {install_command('report')}"
-        ) from None
+        raise missing(f"{error.name} is missing, which reports need", "report") from None
 
 
 def verdict_of(sections: Sequence[Section]) -> Verdict:

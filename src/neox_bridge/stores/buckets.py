@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.stores import retry
 from neox_bridge.stores.retry import ShortRead, steadily
 from neox_bridge.stores.store import PARTS_AT_ONCE, FileState, Upload, part_size
@@ -150,10 +150,8 @@ class Bucket:
         try:
             import obstore  # noqa: F401
         except ImportError:
-            raise BridgeError(
-                f"{self.root}: obstore is missing, which reads and writes this kind of store. "
-                f"Install it: {install_command('remote')}"
-            ) from None
+            what = f"{self.root}: obstore is missing, which reads and writes this kind of store"
+            raise missing(what, "remote") from None
         from neox_bridge.stores.credentials import azure_options, google_options, s3_options
 
         again: Any = {

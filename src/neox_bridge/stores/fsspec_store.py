@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import install_command, missing
 from neox_bridge.stores.retry import steadily
 from neox_bridge.stores.store import FileState, Upload
 
@@ -30,10 +30,8 @@ class FsspecStore:
         try:
             from fsspec.core import url_to_fs
         except ImportError:
-            raise BridgeError(
-                f"{url}: fsspec is missing, which reads and writes stores. Install it: "
-                f"{install_command('remote')}"
-            ) from None
+            what = f"{url}: fsspec is missing, which reads and writes stores"
+            raise missing(what, "remote") from None
         protocol = url.partition("://")[0]
         try:
             self.fs: Any = url_to_fs(url)[0]

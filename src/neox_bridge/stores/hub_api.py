@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 
 # statuses that are worth a retry: huggingface_hub, utils/_http.py
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -40,9 +40,7 @@ def hub_api(why: str) -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise BridgeError(
-            f"{why}, and huggingface_hub is missing. Install it: {install_command('hub')}"
-        ) from None
+        raise missing(f"{why}, and huggingface_hub is missing", "hub") from None
     return HfApi(library_name="neox-bridge")
 
 

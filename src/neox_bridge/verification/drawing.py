@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Any, ParamSpec, TypeVar
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -40,9 +40,7 @@ def require() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise BridgeError(
-            f"matplotlib is missing, which draws plots. Install it: {install_command('plot')}"
-        ) from None
+        raise missing("matplotlib is missing, which draws plots", "plot") from None
 
 
 def check_plot(path: str) -> None:

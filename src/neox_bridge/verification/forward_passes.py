@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.joined_tensors import to_stored
 from neox_bridge.layouts.unknown_keys import without_ignored
@@ -126,10 +126,7 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
     try:
         import transformers
     except ImportError:
-        raise BridgeError(
-            "`logits=True` needs transformers, which is missing. Install it: "
-            f"{install_command('verify')}"
-        ) from None
+        raise missing("`logits=True` needs transformers, which is missing", "verify") from None
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         if checkpoint.ignored_keys:

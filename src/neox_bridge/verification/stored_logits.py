@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.layouts.stored_model import StoredModel
 from neox_bridge.stores.paths import is_local
 from neox_bridge.verification.logits import (
@@ -69,10 +69,7 @@ def compare_stored_logits(
                 "and name the folder."
             )
     if find_spec("transformers") is None:
-        raise BridgeError(
-            "`logits=True` computes models with transformers, which is missing. Install it: "
-            f"{install_command('verify')}"
-        )
+        raise missing("`logits=True` computes models with transformers, which is missing", "verify")
     with tempfile.TemporaryDirectory(prefix="neox-bridge-") as folder:
         paths = first.path, second.path
         safetensors = _has_safetensors(first), _has_safetensors(second)

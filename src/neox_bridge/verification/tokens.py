@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.extras import install_command
+from neox_bridge.extras import missing
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.tokenizer import main_file
 
@@ -131,9 +131,7 @@ def _of_text(text: str, tokenizers: tuple[tuple[str, ...], ...]) -> TokenInput:
     try:
         from tokenizers import Tokenizer  # comes with transformers
     except ImportError:
-        raise BridgeError(
-            "`tokens=`: a text needs the package tokenizers, which is missing. Install it: "
-            f"{install_command('verify')}"
-        ) from None
+        what = "`tokens=`: a text needs the package tokenizers, which is missing"
+        raise missing(what, "verify") from None
     ids = Tokenizer.from_file(file).encode(text).ids
     return TokenInput(torch.tensor([ids], dtype=torch.int64))
