@@ -138,17 +138,7 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
                 f"{old} in config.json contradicts rope_parameters.{new}, which is not read before "
                 "5.0"
             )
-        yield another_model(
-            "rope-spelling",
-            f"transformers {facts.version} computes with {old} {got:g}, and the model has "
-            f"{want:g}: {why}. It prints nothing",
-            fix_command(checkpoint, facts),
-            subject="rotary settings",
-            details=Details(
-                wrong=(f"{old}: {got:g}, {want:g} expected",),
-                more=(change_named("hf-rope-parameters").link,),
-            ),
-        )
+        yield _other_rope(checkpoint, facts, old, got, want, why)
     only = "new" if not any(key in raw for key in _OLD) else "old"
     if not both and read == meant and meant != _DEFAULTS:
         yield case(
@@ -157,6 +147,28 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             f"config.json has only the {only} spelling of the rotary settings",
             fix_command(checkpoint, facts),
         )
+
+
+def _other_rope(
+    checkpoint: Checkpoint,
+    facts: TransformersFacts,
+    key: str,
+    got: float,
+    want: float,
+    why: str,
+) -> Case:
+    """A version that takes another value for a rotary setting than the model has."""
+    return another_model(
+        "rope-spelling",
+        f"transformers {facts.version} computes with {key} {got:g}, and the model has {want:g}: "
+        f"{why}. It prints nothing",
+        fix_command(checkpoint, facts),
+        subject="rotary settings",
+        details=Details(
+            wrong=(f"{key}: {got:g}, {want:g} expected",),
+            more=(change_named("hf-rope-parameters").link,),
+        ),
+    )
 
 
 def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
@@ -186,16 +198,8 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
         got = float(checkpoint.raw.get(key) or default)
         if got == want:
             continue
-        yield another_model(
-            "rope-spelling",
-            f"transformers {facts.version} computes with {key} {got:g}, and the model has "
-            f"{want:g}: it does not read rope_parameters. It prints nothing",
-            fix_command(checkpoint, facts),
-            details=Details(
-                wrong=(f"{key}: {got:g}, {want:g} expected",),
-                more=(change_named("hf-rope-parameters").link,),
-            ),
-        )
+        why = "it does not read rope_parameters"
+        yield _other_rope(checkpoint, facts, key, got, want, why)
 
 
 def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
