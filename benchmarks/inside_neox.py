@@ -17,8 +17,7 @@ from pathlib import Path
 from cases import EXPORTER, neox
 from sources import exporter_settings, make
 
-from neox_bridge.training.exporter import JOURNAL
-from neox_bridge.training.exports import ExporterProcess, Exports
+from neox_bridge.training.exports import JOURNAL, ExporterProcess, Exports
 
 POLL_SECONDS = 0.005
 LIMIT_SECONDS = 3600.0

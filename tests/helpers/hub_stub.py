@@ -639,13 +639,13 @@ def use(stub: Stub, monkeypatch: Any, folder: Path) -> None:
 
 
 @contextmanager
-def serving(stub: Stub) -> Iterator[Stub]:
+def serving(stub: Stub, address: str = "127.0.0.1") -> Iterator[Stub]:
     """The stub at ``stub.url``, until the block ends."""
     handler = type("Handler", (_Handler,), {"stub": stub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer((address, 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    stub.url = f"http://127.0.0.1:{server.server_port}"
+    stub.url = f"http://{address}:{server.server_port}"
     thread.start()
     try:
         yield stub

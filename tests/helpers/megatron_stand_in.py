@@ -21,7 +21,8 @@ class Megatron:
         self.engines = engines
         self.modules = {name: ModuleType(name) for name in _MODULES}
         self.modules["megatron"].__path__ = [str(tree / "megatron")]
-        self.modules["megatron.mpu"].__dict__["get_model_parallel_rank"] = lambda: 0
+        for name in ("get_model_parallel_rank", "get_data_parallel_rank"):
+            self.modules["megatron.mpu"].__dict__[name] = lambda: 0
         self._arguments()
         self._training()
 

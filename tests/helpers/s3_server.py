@@ -91,7 +91,7 @@ def one_in_four(how: str, fits: Callable[[str, str], bool] = lambda method, key:
 
 
 @contextmanager
-def server() -> Iterator[Store]:
+def server(address: str = "127.0.0.1") -> Iterator[Store]:
     """Both, with the environment that leads clients to them and one bucket made."""
     port = _free()
     moto = subprocess.Popen(
@@ -100,10 +100,10 @@ def server() -> Iterator[Store]:
         stderr=subprocess.DEVNULL,
     )
     store = Store("")
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(store, port))
+    proxy = ThreadingHTTPServer((address, 0), _handler(store, port))
     proxy.daemon_threads = True
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    store.url = f"http://127.0.0.1:{proxy.server_address[1]}"
+    store.url = f"http://{address}:{proxy.server_address[1]}"
     told = {
         "AWS_ENDPOINT_URL": store.url,
         "AWS_ACCESS_KEY_ID": "somebody",

@@ -15,7 +15,7 @@ import neox_bridge
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.work import work_of
 from neox_bridge.hub.changes import compare
-from neox_bridge.hub.publish import Published, publish, publish_written, work_base
+from neox_bridge.hub.publish import Published, check_writable, publish, publish_written, work_base
 from neox_bridge.hub.remote import look, published_plan
 from neox_bridge.layouts.seal import sealed
 from neox_bridge.stores.hub_names import HubTarget, hub_target
@@ -573,3 +573,39 @@ def test_xet_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(BridgeError, match="org/model"):
             publish(str(make(tmp_path / "out")), REPO, "step10")
         assert hub.files(REPO, "step10") == {}
+
+
+def test_write_access_is_checked_without_a_commit(hub: Stub) -> None:
+    check_writable(REPO)
+    assert hub.repos[REPO].private
+    hub.make("org/public")
+    before = dict(hub.repos["org/public"].branches)
+    check_writable("org/public")
+    assert not hub.repos["org/public"].private
+    assert hub.repos["org/public"].branches == before
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        (READ, REPO, "the token 'test' is read-only"),
+        (WRITE, "other/model", "may not write to this repository. Give it write access"),
+        (WRITE, "other/missing", "may not write to this repository. Give it write access"),
+        ("revoked", REPO, "you are not logged in to the Hub"),
+    ],
+)
+def test_missing_write_access_is_an_error(
+    hub: Stub, monkeypatch: pytest.MonkeyPatch, token: str, repo: str, message: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.make("other/model")
+    with pytest.raises(BridgeError, match=message):
+        check_writable(repo)
+    assert set(hub.repos) == {"other/model"}
+
+
+def test_an_outage_is_no_missing_access(hub: Stub) -> None:
+    hub.make(REPO)
+    hub.fail("POST preupload", 503, times=100)
+    with pytest.raises(ConnectionError, match="the Hub failed"):
+        check_writable(REPO)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from common import make_hf
+from common import TESTS, make_hf
 from loads_table import write_table
 from real_neox import with_tokenizer
 from real_trees import RealTrees
 
+# of neox-bridge, beyond what GPT-NeoX's environment has
+PACKAGES = {"ml_dtypes": "ml_dtypes", "xxhash": "xxhash", "click": "click", "zlib_ng": "zlib-ng"}
 PASSED = pytest.StashKey[Path | None]()
 
 
@@ -70,3 +72,36 @@ def table() -> Iterator[None]:
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer of fewer entries than it has rows."""
     return with_tokenizer(make_hf(tmp_path_factory.mktemp("source") / "hf", num_hidden_layers=4))
+
+
+@pytest.fixture(scope="session")
+def packages(neox_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the packages that neox-bridge needs in the Python of GPT-NeoX."""
+    code = f"import {', '.join(PACKAGES)}"
+    if subprocess.run([neox_python, "-c", code], capture_output=True).returncode == 0:
+        return ""
+    folder = str(tmp_path_factory.mktemp("packages"))
+    command = [neox_python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+    done = subprocess.run([*command, *PACKAGES.values()], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{' '.join(PACKAGES.values())} cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store_packages(neox_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the packages that reach object stores from the Python of GPT-NeoX."""
+    folder = str(tmp_path_factory.mktemp("store-packages"))
+    command = [neox_python, "-m", "pip", "install", "--quiet", "--target", folder]
+    done = subprocess.run([*command, "obstore", "botocore"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"obstore and botocore cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@pytest.fixture
+def inside(packages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of GPT-NeoX import ``neox_bridge.neox``, as a patched train.py does."""
+    paths = [str(TESTS.parent / "src"), *([packages] if packages else [])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("RUN_CPU_IMPORTS", "neox_bridge.neox")

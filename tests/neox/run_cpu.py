@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+LOCAL = int(os.environ.get("LOCAL_RANK", RANK))
 torch.set_num_threads(1)
 
 
@@ -116,7 +117,7 @@ def read(job):
         path = f"{os.path.dirname(JOBS)}/changed-{RANK}-{job['number']}.yml"
         with open(path, "w") as file:
             yaml.safe_dump(kept, file)
-    here = {"rank": RANK, "local_rank": RANK, "world_size": WORLD, "global_num_gpus": WORLD}
+    here = {"rank": RANK, "local_rank": LOCAL, "world_size": WORLD, "global_num_gpus": WORLD}
     here |= {"deepspeed": True, "distributed_backend": "gloo", "user_script": "run_cpu"}
     return NeoXArgs.from_ymls([path], here)
 

@@ -21,39 +21,16 @@ import yaml
 from checkpoint_edits import tokenizer
 from common import TESTS, convert, make_hf
 from disks import PAGE_BYTES, disk, enlarge, fill, slowed, small_disk
+from inside_neox import check_exports, exporting, wait_for, yml_of
 from real_training import PRECISION
 
 from neox_bridge import verify
-from neox_bridge.training.exporter import JOURNAL, LOG
+from neox_bridge.training.exports import JOURNAL, LOG
 
 pytestmark = pytest.mark.neox
 
-# of neox-bridge, beyond what GPT-NeoX's environment has
-PACKAGES = {"ml_dtypes": "ml_dtypes", "xxhash": "xxhash", "click": "click", "zlib_ng": "zlib-ng"}
 GROUPS = [[(1, 0), (1, 1)], [(2, 0), (2, 1)], [(1, 2)], [(2, 2)]]  # layouts of one start each
 TREES = sorted(real_neox.ALL_TREES)
-
-
-@pytest.fixture(scope="session")
-def packages(neox_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the packages that neox-bridge needs in the Python of GPT-NeoX."""
-    code = f"import {', '.join(PACKAGES)}"
-    if subprocess.run([neox_python, "-c", code], capture_output=True).returncode == 0:
-        return ""
-    folder = str(tmp_path_factory.mktemp("packages"))
-    command = [neox_python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-    done = subprocess.run([*command, *PACKAGES.values()], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"{' '.join(PACKAGES.values())} cannot be installed: {done.stderr[-300:]}")
-    return folder
-
-
-@pytest.fixture
-def inside(packages: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks of GPT-NeoX import ``neox_bridge.neox``, as a patched train.py does."""
-    paths = [str(TESTS.parent / "src"), *([packages] if packages else [])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("RUN_CPU_IMPORTS", "neox_bridge.neox")
 
 
 @pytest.fixture(params=["gpt_neox", "llama"])
@@ -64,18 +41,6 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     hf = make_hf(tmp_path / "hf", torch.float32, family=request.param, **epsilon)
     tokenizer(hf / "tokenizer.json")
     return hf
-
-
-def yml_of(hf: Path, tree: str, tp: int, pp: int, folder: Path, **changed: Any) -> Path:
-    """The yml of a run that starts from a model, with the settings that a conversion writes."""
-    convert(hf, folder, tp=tp, pp=pp, era=real_neox.era(tree))
-    settings = yaml.safe_load((folder / "finetune.yml").read_text())
-    shutil.rmtree(folder)
-    settings = {k: v for k, v in settings.items() if k not in ("save", "finetune")}
-    path = folder.with_suffix(".yml")
-    settings["vocab_file"] = str(hf / "tokenizer.json")
-    path.write_text(yaml.safe_dump({**settings, "load": str(hf), **changed}))
-    return path
 
 
 def run(python: str, tree: str, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[Any]:
@@ -150,35 +115,6 @@ def test_the_master_weights_are_those_of_the_model(
                 masters = {k.removesuffix("/fp32"): file[k] for k in file if k.endswith("/fp32")}
             assert sorted(masters) == sorted(names)
             assert [n for n in names if (masters[n] != expected[n].float().numpy()).any()] == []
-
-
-def exporting(hf: Path, tree: str, layout: tuple[int, int], folder: Path) -> dict[str, Any]:
-    """A job of 20 steps that saves and exports every 5."""
-    yml = yml_of(hf, tree, *layout, folder / "neox", train_iters=100, lr_decay_iters=100)
-    keys = {"save": str(folder / "run"), "save_hf": str(folder / "exported")}
-    job = {"yml": str(yml), "set": keys, "losses": 20, "save_every": 5}
-    return {**job, "save": str(folder / "run")}
-
-
-def wait_for(path: Path, text: str) -> None:
-    for _ in range(1200):
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{path} does not contain {text}")
-
-
-def check_exports(folder: Path, steps: tuple[int, ...]) -> None:
-    """Each exported step has the bits of a conversion of its own."""
-    for step in steps:
-        source, alone = folder / "run" / f"global_step{step}", folder / f"alone-{step}"
-        convert(source, alone, to="hf")
-        exported = folder / "exported" / f"step{step}"
-        names = sorted(p.name for p in alone.glob("*.safetensors"))
-        assert names == sorted(p.name for p in exported.glob("*.safetensors"))
-        for name in (*names, "config.json"):
-            assert (exported / name).read_bytes() == (alone / name).read_bytes()
-        assert verify(str(source), str(exported)).holds
 
 
 @pytest.mark.parametrize("tree", TREES)

@@ -18,8 +18,8 @@ from neox_bridge.api import convert
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.training import exporter
-from neox_bridge.training.exporter import JOURNAL, StepGone, convert_step, remove_old, run
-from neox_bridge.training.exports import ExporterProcess, Exports
+from neox_bridge.training.exporter import convert_step, remove_old, run
+from neox_bridge.training.exports import JOURNAL, LOG, ExporterProcess, Exports, StepGone
 
 Convert = Callable[[Exports, int], str]
 
@@ -283,7 +283,7 @@ def test_the_process_exports_beside_the_training(exports: Exports) -> None:
         process.saved(iteration)
     process.finish()
     assert folders(exports) == ["step5"]
-    log = (Path(exports.target) / exporter.LOG).read_text()
+    log = (Path(exports.target) / LOG).read_text()
     assert "step 5 exported to" in log
 
 
@@ -300,6 +300,18 @@ def test_a_killed_process_is_started_again(exports: Exports) -> None:
     process.saved(10)
     process.finish()
     assert folders(exports) == ["step10", "step5"]
+
+
+def test_the_end_of_the_training_exports_what_a_killed_process_left(exports: Exports) -> None:
+    process = ExporterProcess(exports)
+    process.start()
+    assert process._process is not None
+    wait_for(Path(exports.target) / JOURNAL)
+    process._process.send_signal(signal.SIGKILL)
+    process._process.wait()
+    save_step(exports, 5)
+    process.finish()
+    assert folders(exports) == ["step5"]
 
 
 def test_a_process_that_hangs_blocks_no_save(exports: Exports) -> None:

@@ -12,6 +12,9 @@ def test_what_the_keys_mean(tmp_path: Any) -> None:
     save, target = str(tmp_path / "save"), str(tmp_path / "hf")
     assert exports_of({"save": save}) is None
     assert exports_of({"save": save, "save_hf": target}) == Exports(save, target)
+    stored = exports_of({"save": save, "save_hf": "s3://bucket/hf/"})
+    assert stored is not None
+    assert (stored.target, stored.home) == ("s3://bucket/hf", save)
     more = {"save_hf_interval": 10, "save_hf_keep": 2, "push_to_hub": "org/model"}
     exports = exports_of({"save": save, "save_hf": target, **more})
     assert exports == Exports(save, target, 10, 2, "org/model")
@@ -26,6 +29,7 @@ def test_what_the_keys_mean(tmp_path: Any) -> None:
         ({"save_hf": "b"}, "save_hf is set without `save`"),
         ({"save": "a", "save_hf": "b", "save_hf_interval": 0}, "save_hf_interval: 0 must be at"),
         ({"save": "a", "save_hf": "b", "save_hf_keep": -1}, "save_hf_keep: -1 must be at least 1"),
+        ({"save": "a", "save_hf": "hf://org/model"}, "push_to_hub to the repository on the Hub"),
         ({"save": "a", "save_hf": "./a/"}, "is also the folder of GPT-NeoX's checkpoints"),
         ({"save": "a", "save_hf": "b", "push_to_hub": "model"}, "'model' is not ORG/NAME"),
         ({"save": "a", "save_hf": "b", "push_to_hub": "org/model@main"}, "is not ORG/NAME"),

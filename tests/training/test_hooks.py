@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from hub_stub import READ, WRITE, Stub, serving, use
 from megatron_stand_in import Engine, Megatron
 
 from neox_bridge.errors import BridgeError
@@ -170,16 +171,6 @@ def test_the_end_of_a_training_waits_for_the_exports(
     assert "step 5 was removed before it was exported" in log  # this stand-in saves nothing
 
 
-def test_a_save_that_nodes_do_not_share_is_refused(
-    megatron: Megatron, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install()
-    monkeypatch.setattr(hooks, "_rank", lambda: 1)  # of another node: it does not see the file
-    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
-    with pytest.raises(BridgeError, match="is not the same folder on all nodes"):
-        megatron.training.pretrain(args_of(megatron, hf, tmp_path, **keys))
-
-
 def test_ranks_that_see_different_runs_are_refused(
     megatron: Megatron, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +193,42 @@ def test_a_folder_that_cannot_be_written_ends_the_start(
     keys[name] = str(tmp_path / "file" / "below")
     with pytest.raises(BridgeError, match=f"{name}: .* cannot be written"):
         megatron.training.pretrain(args_of(megatron, hf, tmp_path, **keys))
+
+
+@pytest.mark.parametrize("token", [READ, WRITE])
+def test_the_start_checks_that_steps_can_be_pushed(
+    megatron: Megatron, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    install()
+    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
+    args = args_of(megatron, hf, tmp_path, **keys, push_to_hub="org/model")
+    with serving(Stub()) as hub:
+        use(hub, monkeypatch, tmp_path)
+        monkeypatch.setenv("HF_TOKEN", token)
+        if token == READ:
+            with pytest.raises(BridgeError, match="push_to_hub: org/model: the token 'test' is r"):
+                megatron.training.pretrain(args)
+            assert megatron.engines[0].refreshed == 0  # before anything is loaded
+        else:
+            megatron.training.pretrain(args)
+            assert hub.repos["org/model"].private
+
+
+def test_an_outage_of_the_hub_does_not_end_the_start(
+    megatron: Megatron,
+    hf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install()
+    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
+    args = args_of(megatron, hf, tmp_path, **keys, push_to_hub="org/model")
+    with serving(Stub()) as hub:
+        use(hub, monkeypatch, tmp_path)
+    megatron.training.pretrain(args)
+    printed = capsys.readouterr().out
+    assert "warning: push_to_hub: write access cannot be checked now: org/model: " in printed
 
 
 def test_inference_exports_nothing(megatron: Megatron, hf: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from neox_bridge import verify
 from neox_bridge.api import convert
 from neox_bridge.errors import DiskFull
 from neox_bridge.progress import Progress
-from neox_bridge.training import disk_space, exporter
+from neox_bridge.training import disk_space
 from neox_bridge.training.disk_space import Watch
-from neox_bridge.training.exporter import LOG, convert_step, run
-from neox_bridge.training.exports import ExporterProcess, Exports
+from neox_bridge.training.exporter import convert_step, run
+from neox_bridge.training.exports import JOURNAL, LOG, ExporterProcess, Exports
 
 SIZE = 16 << 20
 Start = Callable[[Exports], ExporterProcess]
@@ -238,7 +238,7 @@ def test_a_disk_that_hangs_blocks_no_training(
     exports = exports_of(tmp_path / "save", loop)
     process = start(exports)
     assert process._process is not None
-    until((Path(exports.target) / exporter.JOURNAL).exists)
+    until((Path(exports.target) / JOURNAL).exists)
     if is_killed:
         process._process.send_signal(signal.SIGKILL)
         process._process.wait()

@@ -25,13 +25,21 @@ from neox_bridge.hub.remote import (
     look,
 )
 from neox_bridge.planning.plan import Plan
-from neox_bridge.stores.hub_api import bars, explained, hub_api, is_transient, status_of
+from neox_bridge.stores.hub_api import (
+    bars,
+    check_writer,
+    explained,
+    hub_api,
+    is_transient,
+    status_of,
+)
 from neox_bridge.stores.hub_names import MAIN, HubTarget
 from neox_bridge.wording import plural, some
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
+_FORBIDDEN = 403
 _CONFLICT = 412  # HTTP status: the branch moved after the commit was prepared
 
 
@@ -156,6 +164,37 @@ def conflict(repo: str, branch: str, files: tuple[str, ...]) -> BridgeError:
         f"hf://{repo}@{branch} holds other files: {some(list(files), 1)}. Choose another "
         "branch, or use `overwrite=True` to replace its files; its history is kept."
     )
+
+
+def check_writable(repo: str) -> None:
+    """Check that the user may commit to a repository. Creates it as private if it does not exist.
+
+    The check is the first request of an upload, which the Hub refuses without write access. It
+    changes nothing.
+
+    Raises:
+        BridgeError: The Hub refuses the token.
+        ConnectionError: The Hub cannot be reached or fails, so that nothing is known.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    api = hub_api(f"hf://{repo} is on the Hub")
+    try:
+        check_writer(repo)
+        with explained(repo):
+            if not api.repo_exists(repo):
+                api.create_repo(repo, private=True, exist_ok=True)
+            api.preupload_lfs_files(repo, [CommitOperationAdd("config.json", b"{}")])
+    except BridgeError as error:
+        if error.__cause__ is not None and is_transient(error.__cause__):
+            raise ConnectionError(str(error)) from error
+        if status_of(error) == _FORBIDDEN:
+            raise BridgeError(
+                f"{repo}: the token may not write to this repository. Give it write access "
+                "(huggingface.co/settings/tokens), and set HF_TOKEN to it, or choose a repository "
+                "of your own."
+            ) from error
+        raise
 
 
 def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool) -> None:

@@ -31,7 +31,7 @@ class Watch:
         self._next_check = 0.0
         with suppress(OSError):
             if os.stat(exports.save).st_dev == os.stat(exports.target).st_dev:
-                self._checkpoint_bytes = _bytes_below([source])
+                self._checkpoint_bytes = bytes_below([source])
 
     def __call__(self, progress: Progress) -> None:
         """Check the disk, now and then.
@@ -47,8 +47,10 @@ class Watch:
         if not os.path.isdir(self._source):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._source)
         reserved = self._reserved_bytes()
+        if not reserved:
+            return
         free = free_bytes(self._exports.target)
-        if not reserved or free >= reserved + (progress.total or 0):
+        if free >= reserved + (progress.total or 0):
             return
         size = (progress.total or 0) if starts and not self._shares_blocks() else 0
         if free < reserved + size:
@@ -66,7 +68,7 @@ class Watch:
         save = self._exports.save
         last = latest(save)
         begun = [os.path.join(save, f"global_step{n}") for n in steps(save) if n > last]
-        return max(0, self._checkpoint_bytes - _bytes_below(begun))
+        return max(0, self._checkpoint_bytes - bytes_below(begun))
 
     def _shares_blocks(self) -> bool:
         """Whether the export takes hardly any space, because the disk shares blocks."""
@@ -95,7 +97,7 @@ def latest(save: str) -> int:
     return -1
 
 
-def _bytes_below(folders: Iterable[str]) -> int:
+def bytes_below(folders: Iterable[str]) -> int:
     """The size of all files in these folders."""
     total = 0
     for folder in folders:

@@ -17,25 +17,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
 
 from neox_bridge.errors import DiskFull
 from neox_bridge.layouts.checkpoint import RECORD
-from neox_bridge.training.disk_space import Watch, free_bytes, latest, steps
-from neox_bridge.training.exports import Exports
+from neox_bridge.stores import paths
+from neox_bridge.stores.store import PART_BYTES
+from neox_bridge.training import nodes
+from neox_bridge.training.disk_space import Watch, bytes_below, free_bytes, latest, steps
+from neox_bridge.training.exports import Exports, StepGone
 from neox_bridge.training.log_file import LogFile
 
-LOG = "neox_bridge_exports.log"
-JOURNAL = ".neox_bridge_exports"
 RETRY_SECONDS = (10.0, 60.0, 300.0)  # before each further try
 _NICENESS = 10
 _WORKERS = 2  # threads, so that the trainer's data loaders keep their cores
 _STEP_FOLDER = re.compile(r"step(\d+)")
+_PUSHED = ".neox_bridge_push_"  # the start of the name of a folder that is being pushed
 _REMOVED = ".removed"  # the end of the name of a folder that is being removed
 Say = Callable[[str], None]
-
-
-class StepGone(Exception):
-    """GPT-NeoX removed the step (keep_last_n_checkpoints), so that it cannot be exported."""
 
 
 @dataclass
@@ -61,30 +60,37 @@ def convert_step(
 ) -> str:
     """Convert one step and verify it. Returns the folder.
 
-    A folder of that name is replaced: a run that went back saves the same iterations again.
+    A folder of that name is replaced: a run that went back saves the same iterations again. If the
+    nodes have parts of the step, those are uploaded first; only the first node converts.
 
     Args:
         is_over: Whether the training has ended, so that it needs no more disk space.
 
     Raises:
-        StepGone: GPT-NeoX removed the step before or while it was read.
+        StepGone: The step was removed before or while it was read, or saved again.
         DiskFull: The disk has no space for it, or only what the next checkpoint needs.
         BridgeError: The step cannot be converted. Also other errors: see ``run``.
     """
     from neox_bridge.api import convert
 
-    source = os.path.join(exports.save, f"global_step{iteration}")
+    if exports.node:
+        return nodes.upload_step(exports, iteration)
     target = os.path.join(exports.target, f"step{iteration}")
+    if exports.nodes > 1:
+        source = nodes.collect_step(exports, iteration)
+        convert(source, target, to="hf", overwrite=True, workers=_WORKERS)
+        return target
+    source = exports.step(iteration)
     try:
         if not os.path.isdir(source):
             raise StepGone
         watch = Watch(exports, source, is_over)
         convert(source, target, to="hf", overwrite=True, workers=_WORKERS, progress=watch)
     except BaseException as error:
-        # the training needs the disk space more than a further try
-        work = os.path.join(exports.target, f".step{iteration}.neox-bridge")
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(f"{target}.unverified", ignore_errors=True)
+        if exports.is_local:  # the training needs the disk space more than a further try
+            work = os.path.join(exports.target, f".step{iteration}.neox-bridge")
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(f"{target}.unverified", ignore_errors=True)
         if not os.path.isdir(source):
             raise StepGone from error
         if isinstance(error, DiskFull):
@@ -100,28 +106,67 @@ def push_step(exports: Exports, iteration: int) -> str:
 
     folder = os.path.join(exports.target, f"step{iteration}")
     branch = f"hf://{exports.repository}@step{iteration}"
-    return publish(folder, branch, overwrite=True).url
+    if exports.is_local:
+        return publish(folder, branch, overwrite=True).url
+    with TemporaryDirectory(prefix=_PUSHED, dir=exports.save) as copy:
+        _download(folder, copy, bytes_below([exports.step(iteration)]))
+        return publish(copy, branch, overwrite=True).url
+
+
+def _download(url: str, folder: str, reserved: int) -> None:
+    """Copy an exported step to a disk, as the Hub takes files of a disk only.
+
+    reserved: bytes that stay free for the next checkpoint. Raises DiskFull.
+    """
+    from neox_bridge.stores.objects import below, fetch
+
+    objects = below(url)
+    needed = sum(state.size for state in objects.values()) + reserved
+    if (free := free_bytes(folder)) < needed:
+        raise DiskFull(
+            f"{os.path.dirname(folder)} has {free:,} free bytes, but a copy of {url} and the next "
+            f"checkpoint need {needed:,}.",
+            "Free some space.",
+            needed,
+        )
+    for place, state in objects.items():
+        path = os.path.join(folder, place[len(url) + 1 :])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            for start in range(0, state.size, PART_BYTES):
+                file.write(fetch(place, start, min(start + PART_BYTES, state.size)))
 
 
 def remove_old(exports: Exports) -> None:
     """Remove the oldest exported steps, so that ``keep`` are left."""
     if not exports.keep:
         return
-    names = os.listdir(exports.target)
+    names = paths.listdir(exports.target)
     steps = sorted(
         (int(match[1]), name)
         for name in names
         if (match := _STEP_FOLDER.fullmatch(name))
-        and os.path.exists(os.path.join(exports.target, name, RECORD))
+        and paths.exists(os.path.join(exports.target, name, RECORD))
     )
     for _, name in steps[: -exports.keep]:
-        # renamed first, so that no folder with half of the files has the name of a step
-        folder = os.path.join(exports.target, f".{name}{_REMOVED}")
-        os.rename(os.path.join(exports.target, name), folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(exports.target, name)
     for name in names:
         if name.startswith(".step") and name.endswith(_REMOVED):  # of a killed process
             shutil.rmtree(os.path.join(exports.target, name), ignore_errors=True)
+
+
+def _remove(target: str, name: str) -> None:
+    """Remove an exported step, so that no part of it ever looks like a whole one."""
+    folder = os.path.join(target, name)
+    if paths.is_local(target):
+        removed = os.path.join(target, f".{name}{_REMOVED}")
+        os.rename(folder, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+        return
+    from neox_bridge.stores.objects import below, remove
+
+    remove([f"{folder}/{RECORD}"])
+    remove(below(folder))
 
 
 def run(
@@ -140,7 +185,7 @@ def run(
     Returns:
         Whether no step failed for good.
     """
-    journal = Journal(os.path.join(exports.target, JOURNAL), say)
+    journal = Journal(exports.journal, say)
     incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     is_over = threading.Event()
@@ -171,7 +216,10 @@ def run(
                         p.due = 0.0 if p.needed else p.due
                 elif line.strip().isdigit():
                     iteration = int(line)
-                    journal.note("saved", iteration)
+                    if exports.nodes == 1:  # otherwise, the trainer has noted it
+                        journal.note("saved", iteration)
+                    elif iteration not in journal.left(exports):
+                        continue
                     pending = [p for p in pending if p.iteration != iteration]
                     pending.append(Pending(iteration))
             continue
@@ -181,13 +229,13 @@ def run(
             step.due = time.monotonic() + RETRY_SECONDS[0]
             continue
         pending.remove(step)
+        saving = exports
         try:
-            _export(exports, step, say, convert, push)
-        except StepGone:
-            say(
-                f"step {step.iteration} was removed before it was exported "
-                "(keep_last_n_checkpoints), skipped"
-            )
+            if exports.nodes > 1:
+                saving = nodes.with_last_save(exports, step.iteration)
+            _export(saving, step, say, convert, push)
+        except StepGone as gone:
+            say(f"step {step.iteration} {gone}, skipped")
         except Exception as error:  # also a bug: it must not end the exports of a long run
             text = str(error) or type(error).__name__
             if step.tries == len(RETRY_SECONDS):
@@ -201,14 +249,17 @@ def run(
             step.tries, step.due = step.tries + 1, time.monotonic() + seconds
             pending.append(step)
             continue
-        journal.note("done", step.iteration)
+        journal.note("done", step.iteration, saving.saved.id)
+        if exports.nodes > 1 and not exports.node:
+            with suppress(Exception):  # the next one removes them
+                nodes.remove_parts(exports, journal.left(exports))
     return not failed
 
 
 def _has_space(exports: Exports, step: Pending) -> bool:
     """Whether a try makes sense, as far as the free space is known."""
     with suppress(OSError):
-        return free_bytes(exports.target) >= step.needed
+        return free_bytes(exports.home) >= step.needed
     return True
 
 
@@ -223,6 +274,9 @@ def _export(
         start = time.monotonic()
         folder = convert(exports, step.iteration)
         seconds = time.monotonic() - start
+        if exports.node:
+            say(f"step {step.iteration}: the files of this node are in {folder} ({seconds:.1f} s)")
+            return
         say(f"step {step.iteration} exported to {folder} and verified in {seconds:.1f} s")
         step.converted = True
     if exports.repository:
@@ -234,7 +288,8 @@ class Journal:
     """Which steps were saved and which are done, in a file that survives a crash.
 
     A line is a word and an iteration: ``saved``, ``done``, or ``after`` for the last step that the
-    run had when its exports began.
+    run had when its exports began. If several nodes have a ``save`` of their own, the trainer
+    writes ``saved``, with the id and the fingerprint of the save, and ``done`` has the id too.
     """
 
     def __init__(self, path: str, say: Say) -> None:
@@ -251,19 +306,25 @@ class Journal:
         if not os.path.exists(self.path):
             self.note("after", newest)
             return []
-        is_done: dict[int, bool] = {}
+        ids: dict[int, str | None] = {}  # of the save of each step; None if it is done
         with open(self.path, encoding="ascii", errors="replace") as file:
             for line in file:
-                word, _, number = line.strip().partition(" ")
-                if number.lstrip("-").isdigit() and word in ("saved", "done", "after"):
-                    is_done[int(number)] = word != "saved"
-        last = max(is_done, default=newest)
+                word, number, save_id = (*line.split(), "", "", "")[:3]
+                if not number.lstrip("-").isdigit() or word not in ("saved", "done", "after"):
+                    continue
+                if word == "saved":
+                    ids[int(number)] = save_id
+                elif save_id in ("", ids.get(int(number))):  # not another save since
+                    ids[int(number)] = None
+        last = max(ids, default=newest)
+        if exports.nodes > 1:  # a node has only its part of steps that it does not know
+            last = newest
         unknown = [n for n in steps(exports.save) if last < n <= newest and exports.is_due(n)]
-        return sorted([*(n for n, done in is_done.items() if not done), *unknown])
+        return sorted([*(n for n, save_id in ids.items() if save_id is not None), *unknown])
 
-    def note(self, word: str, iteration: int) -> None:
+    def note(self, word: str, iteration: int, save_id: str = "") -> None:
         """Append a line. If the disk is full, say so."""
-        if error := self._file.append(f"{word} {iteration}"):
+        if error := self._file.append(f"{word} {iteration} {save_id}".rstrip()):
             self._say(f"{self.path} cannot be written: {error}")
 
 
@@ -287,10 +348,20 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=0)
     parser.add_argument("--keep", type=int, default=0)
     parser.add_argument("--push", default="")
+    parser.add_argument("--node", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=1)
     options = parser.parse_args()
     os.nice(_NICENESS)
-    exports = Exports(options.save, options.target, options.interval, options.keep, options.push)
-    log = LogFile(os.path.join(exports.target, LOG))
+    exports = Exports(
+        options.save,
+        options.target,
+        options.interval,
+        options.keep,
+        options.push,
+        options.node,
+        options.nodes,
+    )
+    log = LogFile(exports.log)
 
     def say(text: str) -> None:
         line = f"neox-bridge: {text}"
@@ -298,8 +369,8 @@ def main() -> None:
             print(line, file=sys.stderr, flush=True)
         log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
-    os.makedirs(exports.target, exist_ok=True)  # it may have been removed since the run started
-    with _alone(exports.target):
+    os.makedirs(exports.home, exist_ok=True)  # it may have been removed since the run started
+    with _alone(exports.home):
         sys.exit(0 if run(exports, sys.stdin, say) else 1)
 
 

@@ -9,27 +9,56 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.stores.paths import absolute, is_local, is_writable, real
 
+LOG = "neox_bridge_exports.log"
+JOURNAL = ".neox_bridge_exports"
 # variables that tell a process that it is a rank of a distributed program
 _RANK_VARIABLES = frozenset(
     {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 )
 
 
+class StepGone(Exception):
+    """A step was removed or saved again, so that it cannot be exported. The text says which."""
+
+    def __init__(
+        self, text: str = "was removed before it was exported (keep_last_n_checkpoints)"
+    ) -> None:
+        super().__init__(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One save of a step, on one of several nodes with a ``save`` of their own.
+
+    Attributes:
+        id: The same on all nodes, and never the same for two saves.
+        fingerprint: Of the files on this node, taken when the save was complete.
+    """
+
+    id: str = ""
+    fingerprint: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Exports:
-    """The exports of a run.
+    """The exports of a run, as the process of one node sees them.
 
     Attributes:
         save: The folder of GPT-NeoX's checkpoints.
-        target: The folder for the exported steps, ``stepN`` each.
+        target: The folder for the exported steps, ``stepN`` each, on a disk or in a store.
         interval: Steps are exported whose iteration is a multiple of it; 0 for every saved step.
         keep: How many exported steps to keep; 0 for all.
         repository: ``ORG/NAME`` on the Hub, to which each step is pushed as a branch, or "".
+        node: The number of this node, if each has a part of the steps in a ``save`` of its own.
+        nodes: How many of these nodes there are; 1 if one node has everything.
+        saved: With several of these nodes, the save that is being exported.
     """
 
     save: str
@@ -37,6 +66,33 @@ class Exports:
     interval: int = 0
     keep: int = 0
     repository: str = ""
+    node: int = 0
+    nodes: int = 1
+    saved: Save = Save()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the target is on a disk."""
+        return is_local(self.target)
+
+    @property
+    def home(self) -> str:
+        """The folder of the log and the journal."""
+        return self.target if self.is_local else self.save
+
+    @property
+    def log(self) -> str:
+        """The log of what was exported and what failed."""
+        return os.path.join(self.home, LOG)
+
+    @property
+    def journal(self) -> str:
+        """The file that says which steps were saved and which are done."""
+        return os.path.join(self.home, JOURNAL)
+
+    def step(self, iteration: int) -> str:
+        """GPT-NeoX's folder of a step."""
+        return os.path.join(self.save, f"global_step{iteration}")
 
     def is_due(self, iteration: int) -> bool:
         """Whether the step of this iteration is exported."""
@@ -68,7 +124,12 @@ def exports_of(settings: Mapping[str, Any]) -> Exports | None:
     for name, value in (("save_hf_interval", interval), ("save_hf_keep", keep)):
         if value is not None and value < 1:
             raise BridgeError(f"{name}: {value} must be at least 1.")
-    if os.path.realpath(target) == os.path.realpath(save):
+    if not is_writable(target):
+        raise BridgeError(
+            f"save_hf: {target} cannot be written file by file. Set save_hf to a folder or to a "
+            "folder of an object store, and push_to_hub to the repository on the Hub."
+        )
+    if real(target) == real(save):
         raise BridgeError(
             f"save_hf: {target} is also the folder of GPT-NeoX's checkpoints (`save`). Set save_hf "
             "to another folder."
@@ -84,7 +145,7 @@ def exports_of(settings: Mapping[str, Any]) -> Exports | None:
             )
     return Exports(
         os.path.abspath(save),
-        os.path.abspath(target),
+        absolute(target),
         int(interval or 0),
         int(keep or 0),
         repository or "",
@@ -92,10 +153,14 @@ def exports_of(settings: Mapping[str, Any]) -> Exports | None:
 
 
 class ExporterProcess:
-    """The process that exports, as the trainer sees it."""
+    """The process that exports, as the trainer sees it.
 
-    def __init__(self, exports: Exports) -> None:
-        self.exports = exports
+    run: a name that no other run has, the same on all nodes.
+    """
+
+    def __init__(self, exports: Exports, run: str = "") -> None:
+        self.exports, self._run = exports, run
+        self._saves = 0  # also of steps that are not exported, so that all nodes count alike
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -103,7 +168,7 @@ class ExporterProcess:
 
         Raises OSError if the folder or the process cannot be created.
         """
-        os.makedirs(self.exports.target, exist_ok=True)
+        os.makedirs(self.exports.home, exist_ok=True)
         self._launch()
 
     def _launch(self) -> None:
@@ -113,6 +178,7 @@ class ExporterProcess:
         command += [exports.save, exports.target]
         command += ["--interval", str(exports.interval), "--keep", str(exports.keep)]
         command += ["--push", exports.repository] if exports.repository else []
+        command += ["--node", str(exports.node), "--nodes", str(exports.nodes)]
         self._process = subprocess.Popen(
             command,
             bufsize=0,  # a line of a broken pipe must not be sent again with the next one
@@ -128,9 +194,14 @@ class ExporterProcess:
 
         If the process was killed, a new one exports what it has left.
         """
+        self._saves += 1
         if not self.exports.is_due(iteration):
             return
         try:
+            if self.exports.nodes > 1:
+                from neox_bridge.training.nodes import note_save
+
+                note_save(self.exports, iteration, f"{self._run}-{self._saves}")
             if self._process is None or self._process.poll() is not None:
                 self._launch()
             assert self._process is not None
@@ -145,8 +216,16 @@ class ExporterProcess:
             )
 
     def finish(self) -> None:
-        """Wait until every saved step is exported or has failed. For the end of a training."""
-        if self._process is None or self._process.poll() is not None:
+        """Wait until every saved step is exported or has failed. For the end of a training.
+
+        If the process was killed, a new one exports what it has left.
+        """
+        if self._process is None:
+            return
+        if (self._process.poll() or 0) < 0:
+            with suppress(OSError):
+                self.start()
+        if self._process.poll() is not None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()

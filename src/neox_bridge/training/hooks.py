@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.stores.paths import is_local
 from neox_bridge.training import loading
 from neox_bridge.training.exports import ExporterProcess, Exports, exports_of
 from neox_bridge.training.keys import register
@@ -141,12 +142,16 @@ def _setup_model_and_optimizer(
 ) -> Any:
     """``setup_model_and_optimizer``, which also starts the process that exports saved steps."""
     _loaded_models.clear()
+    _exporters.clear()
     exports = None if _is_inference.get() else exports_of(vars(neox_args))
+    exporter = None
     if exports is not None:
-        _check_shared(exports.save)
+        exporter = _exporter_of(exports, neox_args)
+        _raise_first(_gather(_check_store(exports.target) if exporter else ""))
+        _raise_first(_gather(_check_push(exports.repository)))
     result = original(neox_args, *args, **kwargs)
     if exports is not None:
-        _raise_first(_gather(_start_exporter(exports)))
+        _raise_first(_gather(_start_exporter(exporter)))
     return result
 
 
@@ -159,15 +164,44 @@ def _setup_for_inference(original: Callable[..., Any], *args: Any, **kwargs: Any
         _is_inference.reset(token)
 
 
-def _start_exporter(exports: Exports) -> str:
-    """Start the process that exports, on rank 0. Returns the error, or ""."""
-    if _rank() != 0:
+def _check_push(repository: str) -> str:
+    """Check on rank 0 that steps can be pushed. Returns the error, or ""."""
+    if not repository or _rank() != 0:
         return ""
-    exporter = ExporterProcess(exports)
+    from neox_bridge.hub.publish import check_writable
+
+    try:
+        check_writable(repository)
+    except BridgeError as problem:
+        return f"push_to_hub: {problem}"
+    except ConnectionError as problem:  # an outage of the Hub must not keep a run from starting
+        say(f"warning: push_to_hub: write access cannot be checked now: {problem}")
+    return ""
+
+
+def _check_store(target: str) -> str:
+    """Check that a target in a store can be written. Returns the error, or ""."""
+    if is_local(target):
+        return ""
+    from neox_bridge.stores.objects import put_small, remove
+
+    probe = f"{target}/.neox_bridge_{uuid.uuid4().hex}"
+    try:
+        put_small(probe, b"")
+        remove([probe])
+    except (BridgeError, OSError) as problem:
+        return f"save_hf: {problem}"
+    return ""
+
+
+def _start_exporter(exporter: ExporterProcess | None) -> str:
+    """Start the process that exports. Returns the error, or ""."""
+    if exporter is None:
+        return ""
     try:
         exporter.start()
     except OSError as problem:
-        return f"save_hf: {exports.target} cannot be written: {problem}"
+        return f"save_hf: {exporter.exports.target} cannot be written: {problem}"
     _exporters[:] = [exporter]
     return ""
 
@@ -175,7 +209,7 @@ def _start_exporter(exports: Exports) -> str:
 def _save_checkpoint(
     original: Callable[..., Any], neox_args: Any, iteration: int, *args: Any, **kwargs: Any
 ) -> Any:
-    """``save_checkpoint``, after which rank 0 tells the exporter that the step is complete."""
+    """``save_checkpoint``, after which the exporter is told that the step is complete."""
     result = original(neox_args, iteration, *args, **kwargs)
     for exporter in _exporters:
         exporter.saved(iteration)
@@ -191,23 +225,82 @@ def _pretrain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _check_shared(save: str) -> None:
-    """Raise BridgeError unless all nodes see the same ``save``."""
-    name = _gather(f".neox_bridge_{uuid.uuid4().hex}")[0]  # never the one that a node remembers
-    probe = os.path.join(save, name)
+def _exporter_of(exports: Exports, neox_args: Any) -> ExporterProcess | None:
+    """The exporter that this rank starts, if any.
+
+    It is one on rank 0 if its node has all weights of a step: if all ranks share ``save``, or if
+    nodes without a share of it have copies of these weights only (DeepSpeed writes weights on the
+    ranks that are the first of their data-parallel group). Otherwise it is one on each node.
+
+    Raises BridgeError if no node has all weights and they cannot be brought together.
+    """
+    groups = _groups(exports.save)
+    mpu = importlib.import_module("megatron.mpu")
+    is_writer = _gather("" if mpu.get_data_parallel_rank() else "writes")
+    writers = {group for group, writes in zip(groups, is_writer, strict=True) if writes}
+    run = _gather(uuid.uuid4().hex)[0]
+    first = groups[_rank()]
+    if len({*groups}) > 1:
+        _check_split(exports, neox_args, has_all=writers == {groups[0]})
+    if len({*groups}) == 1 or writers == {groups[0]}:
+        return ExporterProcess(exports) if _rank() == 0 else None
+    nodes = sorted({*groups})
+    exports = dataclasses.replace(exports, node=nodes.index(first), nodes=len(nodes))
+    return ExporterProcess(exports, run) if _rank() == first else None
+
+
+def _check_split(exports: Exports, neox_args: Any, *, has_all: bool) -> None:
+    """Raise BridgeError if steps in a ``save`` of each node's own cannot be exported.
+
+    has_all: whether the node of rank 0 has all weights.
+    """
+    save = f"save: {exports.save}"
+    zero = vars(neox_args).get("zero_optimization") or {}
+    if isinstance(zero, dict) and int(zero.get("stage") or 0) > 2:
+        raise BridgeError(
+            f"{_not_shared(save)} With ZeRO stage 3, the weights are in the optimizer states of "
+            "all ranks, which are not brought together."
+        )
+    if exports.is_local and not has_all:
+        raise BridgeError(
+            f"{_not_shared(save)} Or set save_hf to a folder of an object store "
+            "(s3://BUCKET/FOLDER), where the nodes bring the weights of a step together."
+        )
+    say(
+        f"warning: {save} is on a disk of each node's own. To resume, GPT-NeoX needs the files of "
+        "all nodes on each of them: copy `latest` and the step together before, or use a folder on "
+        "a file system that all nodes share."
+    )
+
+
+def _groups(save: str) -> list[int]:
+    """For each rank, the first rank that sees the same ``save``.
+
+    Raises BridgeError on every rank if a node cannot write it, or if a rank sees it with nobody.
+    """
+    token = _gather(uuid.uuid4().hex)[0]  # never a name that a node remembers
+
+    def probe(rank: int) -> str:
+        return os.path.join(save, f".neox_bridge_{token}_{rank}")
+
+    is_first = _rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
     error = ""
-    if _rank() == 0:
+    if is_first:
         try:
             os.makedirs(save, exist_ok=True)
-            with open(probe, "w", encoding="ascii"):
+            with open(probe(_rank()), "w", encoding="ascii"):
                 pass
         except OSError as problem:
             error = f"save: {save} cannot be written: {problem}"
     _raise_first(_gather(error))
-    errors = _gather("" if os.path.exists(probe) else _not_shared(f"save: {save}"))
-    if _rank() == 0:
-        os.unlink(probe)
-    _raise_first(errors)
+    firsts = [rank for rank, first in enumerate(_gather("first" if is_first else "")) if first]
+    seen = next((rank for rank in firsts if os.path.exists(probe(rank))), None)
+    groups = _gather("" if seen is None else str(seen))
+    if is_first:
+        os.unlink(probe(_rank()))
+    if "" in groups:
+        raise BridgeError(_not_shared(f"save: {save}"))
+    return [int(group) for group in groups]
 
 
 def _not_shared(folder: str) -> str:
