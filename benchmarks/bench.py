@@ -24,6 +24,7 @@ import batches
 import cases
 import comparing
 import costs
+import inside_neox
 import published
 import resharding
 import zero3
@@ -120,6 +121,10 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     _say("ZeRO stage 3")
     gathered = zero3.gatherings(place, run, runs, skipped)
     show(gathered, gathered[0])
+    _say("inside GPT-NeoX")
+    inside = inside_neox.inside(
+        work, "pythia-70m" if options.quick else "pythia-410m", runs, skipped
+    )
     _say("raw Pythia branches")
     planned = published.plans(work, "160m" if options.quick else "12b")
     taken = tuple(published.taken(work))
@@ -139,6 +144,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         compared,
         (run, tuple(resharded)),
         (run, tuple(gathered)),
+        inside,
         tuple(starts),
         tuple(tiny),
         tuple(memories),

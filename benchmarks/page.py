@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cases import EXPORTER, TO_HF
 from costs import Cost, Memory, Start, middle
+from inside_neox import Inside
 from measure import Row
 from published import Planned, Taken
 
@@ -116,6 +117,20 @@ under GPT-NeoX's names.
 """
 
 
+INSIDE = """
+## Inside GPT-NeoX: {shape}
+
+Steps of {size:.2f} GB are saved beside `save_hf`, one after the other. GPT-NeoX's exporter converts
+the same steps, and does not verify them.
+
+| | median s | worst s |
+|---|---|---|
+"""
+THEIRS = """
+GPT-NeoX's exporter takes {ratio} times the seconds of an export with its verification.
+"""
+
+
 PLANNED = """
 ## Raw Pythia branches
 
@@ -162,6 +177,7 @@ class Results:
     compared: tuple[str, tuple[Row, ...]]
     resharded: tuple[str, tuple[Row, ...]]
     gathered: tuple[str, tuple[Row, ...]]
+    inside: Inside
     starts: tuple[Start, ...]
     costs: tuple[Cost, ...]
     memories: tuple[Memory, ...]
@@ -202,6 +218,7 @@ def page(results: Results, figure: str | None) -> str:
     shape, rows = results.gathered
     size = rows[0].middle("written") / 1e9
     text += GATHERED.format(shape=shape, size=size) + _beside(rows)
+    text += _inside(results.inside)
     text += PLANNED + _lines(
         (
             f"{one.branch}, `{one.title}`",
@@ -279,6 +296,24 @@ def _conversions(table: Table) -> str:
     return text
 
 
+def _inside(it: Inside) -> str:
+    rows = {
+        "the training is blocked per save": it.blocked,
+        "from the native save to the verified export": it.exported,
+        EXPORTER: it.theirs,
+    }
+    text = INSIDE.format(shape=it.shape, size=it.size / 1e9)
+    for title, seconds in rows.items():
+        if seconds:
+            digits = 6 if max(seconds) < 0.01 else 2
+            middle_and_worst = (statistics.median(seconds), max(seconds))
+            cells = " | ".join(f"{value:.{digits}f}" for value in middle_and_worst)
+            text += f"| {title} | {cells} |\n"
+    if it.theirs:
+        text += THEIRS.format(ratio=_number(statistics.median(it.ratios)))
+    return text
+
+
 def _beside(rows: Sequence[Row]) -> str:
     """Rows as multiples of the first."""
     return _lines(
@@ -292,7 +327,10 @@ def _lines(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _ratio(row: Row, base: Row) -> str:
-    ratio = statistics.median(row.times(base))
+    return _number(statistics.median(row.times(base)))
+
+
+def _number(ratio: float) -> str:
     return f"{ratio:.3f}" if ratio < 0.1 else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 

@@ -234,7 +234,7 @@ def test_a_run_goes_on_while_the_disk_of_the_exports_is_full(
     neox_python: str, alone: tuple[dict[str, Any], list[float]], tmp_path: Path
 ) -> None:
     job, losses = alone
-    with small_disk(tmp_path / "exported", 1 << 20) as disk, ThreadPoolExecutor(1) as pool:
+    with small_disk(tmp_path / "exported", 4 << 20) as disk, ThreadPoolExecutor(1) as pool:
         filler = fill(disk, left=3 * PAGE_BYTES)  # of which the log takes some
         running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
         wait_for(tmp_path / "run" / "latest", "global_step20")
