@@ -84,11 +84,64 @@ def test_what_gpt_neox_loads_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for load, save in [
         (None, "saved"),
         ("runs/old", None),
-        ("/missing/folder", None),
-        ("./missing/folder", None),
         ("runs/new", "runs/new"),  # both keys name the run's folder, which does not exist yet
+        ("runs/new/", f"{tmp_path}/runs/new"),
     ]:
-        assert start_of(load, save).source == "", load
+        assert start_of(load, save) == loading.Start(), load
+    assert start_of("/missing/folder", None, 5).source == ""  # GPT-NeoX refuses this itself
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (
+            "/missing/folder",
+            "load: /missing/folder is no folder, so GPT-NeoX would start from rand",
+        ),
+        ("org/name/more", r"is no folder.*Correct the path, or remove `load` to start from random"),
+        ("~/runs", r"load: ~/runs is not expanded by GPT-NeoX.*Write {home}/runs, or remove"),
+        ("runs", r"contains global_step5 but no file `latest`.*name of a step into runs/latest"),
+        ("other", "contains neither a Hugging Face model nor a file `latest`"),
+    ],
+)
+def test_a_load_that_gpt_neox_would_ignore_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str, message: str
+) -> None:
+    """GPT-NeoX would train random weights without an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "global_step5").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(BridgeError, match=message.format(home=tmp_path)):
+        start_of(load, "saved")
+
+
+def test_forms_of_a_folder(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other = tiny.write_hf(tmp_path / "my models" / "pythia ü")
+    (tmp_path / "link").symlink_to(hf)
+    for load in ("hf/", "./hf", "~/hf", str(hf)):
+        assert start_of(load, None).source == str(hf), load
+    assert start_of("link", None).source == str(tmp_path / "link")
+    assert start_of("my models/pythia ü", None).source == str(other)
+    assert start_of("org/name/", None).source == "hf://org/name"
+
+
+def test_a_checkpoint_wins_over_a_model_in_the_same_folder(hf: Path) -> None:
+    (hf / "latest").write_text("global_step5")
+    start = start_of(str(hf), None)
+    assert start.source == ""
+    assert start.note.startswith(f"load: {hf} contains a Hugging Face model too, which is not used")
+
+
+def test_the_iteration_of_the_yml_is_one_of_the_run(hf: Path, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    with pytest.raises(BridgeError, match=r"iteration: 5 names a step of GPT-NeoX, but load: "):
+        start_of(str(hf), str(save), 5)
+    (save / "global_step9").mkdir(parents=True)
+    (save / "latest").write_text("global_step9")
+    assert start_of(str(hf), str(save), 5).note.startswith("resuming from global_step5 in ")
 
 
 def test_a_run_resumes_from_its_own_checkpoints(hf: Path, tmp_path: Path) -> None:
@@ -109,6 +162,10 @@ def test_steps_are_not_replaced_by_a_run_that_starts_again(hf: Path, tmp_path: P
     (save / "latest").write_text("global_step10")
     with pytest.raises(BridgeError, match=r"latest names global_step10, which is missing"):
         start_of(str(hf), str(save))
+    for broken in (b"", b"\n", b"\xff"):  # a crash on a full disk
+        (save / "latest").write_bytes(broken)
+        with pytest.raises(BridgeError, match=r"latest .* so the run cannot resume"):
+            start_of(str(hf), str(save))
 
 
 # the yml against config.json
@@ -267,6 +324,19 @@ def test_other_names_and_shapes_are_refused(hf: Path, tree: str) -> None:
     part = Part(None, {name: torch.zeros(2, 2) for name in names})
     with pytest.raises(BridgeError, match=r"\[16, 8\] in the model, but \[2, 2\] in GPT-NeoX"):
         load_into(checkpoint, run, [part], 0)
+
+
+def test_values_that_are_too_large_for_the_precision_are_refused(tree: str, tmp_path: Path) -> None:
+    values = tiny.tensors()["gpt_neox.embed_in.weight"]
+    values[1, 2:4] = 1e5, -1e5
+    hf = tiny.write_hf(tmp_path / "large", changed={"gpt_neox.embed_in.weight": values})
+    neox = tiny.convert(hf, tmp_path / "neox", layout="ranks")
+    checkpoint, run = open_checkpoint(str(hf)), run_of(hf, tree)
+    load_into(checkpoint, run, parts_of(neox, 0, torch.bfloat16)[0], 0)
+    with pytest.raises(
+        BridgeError, match=r"embeddings\.weight has 2 values that are too large for f"
+    ):
+        load_into(checkpoint, run, parts_of(neox, 0, torch.float16)[0], 0)
 
 
 # several ranks

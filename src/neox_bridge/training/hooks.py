@@ -80,16 +80,16 @@ def _load_checkpoint(
     _loaded_models.append(model)
     start, error = loading.Start(), ""
     try:
-        start = loading.start_of(neox_args.load, neox_args.save)
+        start = loading.start_of(neox_args.load, neox_args.save, kwargs.get("iteration"))
     except (BridgeError, OSError) as problem:
         error = str(problem)
     _raise_first(_gather(error))
     if len({*_gather(f"{start.source}\n{start.resumed}")}) > 1:
         raise BridgeError(_not_shared(f"load: {neox_args.load}, or save: {neox_args.save}"))
-    if not start.source:
-        return original(neox_args, model, *args, **kwargs)
     if start.note:
         say(start.note)
+    if not start.source:
+        return original(neox_args, model, *args, **kwargs)
     if start.resumed and not is_reference:
         with _resuming(neox_args, start.resumed):
             return original(neox_args, model, *args, **kwargs)

@@ -26,7 +26,7 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.folder import HUB, is_hub
 from neox_bridge.stores.hub_names import hub_target, model_id
 from neox_bridge.tensors.pieces import OutputTensor
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 if TYPE_CHECKING:
     import torch
@@ -70,26 +70,28 @@ class Start:
     note: str = ""
 
 
-def start_of(load: str | None, save: str | None) -> Start:
-    """What ``load`` and ``save`` of a yml mean.
+def start_of(load: str | None, save: str | None, iteration: int | None = None) -> Start:
+    """What ``load``, ``save`` and ``iteration`` of a yml mean.
 
-    Raises BridgeError if a run would start at step 0 in a folder that has steps.
+    Raises BridgeError if a run would start at step 0 in a folder that has steps, or from random
+    weights although ``load`` is set.
     """
     source, note = _hf_source(load or "", save or "")
     if not source:
-        return Start()
+        if load and iteration is None:
+            _check_native(load, save or "")
+        return Start(note=note)
+    if save and os.path.exists(latest := os.path.join(save, _LATEST)):
+        step = _latest_step(latest) if iteration is None else f"global_step{iteration}"
+        return Start(source, save, f"resuming from {step} in {save}, not starting from {load}")
+    if iteration is not None:
+        raise BridgeError(
+            f"iteration: {iteration} names a step of GPT-NeoX, but load: {load} is a Hugging Face "
+            f"model and save: {save} contains no file `{_LATEST}`. Remove `iteration` to start "
+            "from the model."
+        )
     if not save or not os.path.isdir(save):
         return Start(source, note=note)
-    latest = os.path.join(save, _LATEST)
-    if os.path.exists(latest):
-        with open(latest, encoding="utf-8") as file:
-            step = file.read().strip()
-        if not os.path.isdir(os.path.join(save, step)):
-            raise BridgeError(
-                f"{latest} names {step}, which is missing, so the run cannot resume. Write the "
-                f"name of an existing step into {latest}, or set `save` to another folder."
-            )
-        return Start(source, save, f"resuming from {step} in {save}, not starting from {load}")
     if steps := sorted(name for name in os.listdir(save) if STEP.fullmatch(name)):
         raise BridgeError(
             f"save: {save} contains {some(steps, 3)} but no file `{_LATEST}`, so the run would "
@@ -97,6 +99,48 @@ def start_of(load: str | None, save: str | None) -> Start:
             f"resume, write the name of a step into {latest}."
         )
     return Start(source, note=note)
+
+
+def _latest_step(latest: str) -> str:
+    """The step that a file ``latest`` names. Raises BridgeError if there is no such step."""
+    with open(latest, encoding="utf-8", errors="replace") as file:
+        step = file.read().strip()
+    if not step or not os.path.isdir(os.path.join(os.path.dirname(latest), step)):
+        content = f"names {step}, which is missing" if step else "is empty"
+        raise BridgeError(
+            f"{latest} {content}, so the run cannot resume. Write the "
+            f"name of an existing step into {latest}, or set `save` to another folder."
+        )
+    return step
+
+
+def _check_native(load: str, save: str) -> None:
+    """Raise BridgeError if GPT-NeoX would find no checkpoint and start from random weights.
+
+    It does so without an error (megatron/checkpointing.py, ``load_checkpoint``), which is right for
+    the first start of a run that resumes from its own folder only.
+    """
+    if _is_same(load, save) or os.path.exists(os.path.join(load, _LATEST)):
+        return
+    expanded = os.path.expanduser(load)
+    if not os.path.isdir(load):
+        problem, advice = "is no folder", "Correct the path"
+        if expanded != load and os.path.isdir(expanded):
+            problem, advice = "is not expanded by GPT-NeoX", f"Write {expanded}"
+    elif steps := sorted(name for name in os.listdir(load) if STEP.fullmatch(name)):
+        problem = f"contains {some(steps, 3)} but no file `{_LATEST}`"
+        advice = f"Write the name of a step into {os.path.join(load, _LATEST)}"
+    else:
+        problem = f"contains neither a Hugging Face model nor a file `{_LATEST}`"
+        advice = "Correct the path"
+    raise BridgeError(
+        f"load: {load} {problem}, so GPT-NeoX would start from random weights. {advice}, or remove "
+        "`load` to start from random weights."
+    )
+
+
+def _is_same(load: str, save: str) -> bool:
+    return bool(save) and os.path.realpath(load) == os.path.realpath(save)
 
 
 def _hf_source(load: str, save: str) -> tuple[str, str]:
@@ -107,17 +151,20 @@ def _hf_source(load: str, save: str) -> tuple[str, str]:
     """
     if is_hub(load):
         return load, ""
-    is_name = model_id(load) is not None and not load.startswith((".", "/", "~"))
-    if os.path.isdir(load):
-        is_hf = os.path.exists(os.path.join(load, "config.json")) and detect(load) == "hf"
-        if not is_hf or os.path.exists(os.path.join(load, _LATEST)):
+    name = load.rstrip("/")
+    is_name = model_id(name) is not None and not load.startswith((".", "/", "~"))
+    folder = os.path.abspath(os.path.expanduser(load))
+    if load and os.path.isdir(folder):
+        if not os.path.exists(os.path.join(folder, "config.json")) or detect(folder) != "hf":
             return "", ""
-        folder = os.path.abspath(load)
-        note = f"load: the local folder {folder} is used, not {HUB}{load} on the Hub"
+        if os.path.exists(os.path.join(folder, _LATEST)):
+            note = f"load: {folder} contains a Hugging Face model too, which is not used"
+            return "", f"{note}, because `{_LATEST}` names a checkpoint of GPT-NeoX"
+        note = f"load: the local folder {folder} is used, not {HUB}{name} on the Hub"
         return folder, note if is_name else ""
-    if not is_name or (save and os.path.abspath(load) == os.path.abspath(save)):
+    if not is_name or _is_same(load, save):
         return "", ""
-    return f"{HUB}{load}", ""
+    return f"{HUB}{name}", ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +311,7 @@ def _tensors_of(conversion: Plan, name: str) -> dict[str, OutputTensor]:
 def fill(parameter: "torch.Tensor", tensor: OutputTensor, context: Context) -> None:
     """Read a tensor into a parameter, in blocks, cast to its dtype.
 
-    Raises BridgeError if the shapes differ.
+    Raises BridgeError if the shapes differ, or if a value is too large for the dtype.
     """
     import torch
 
@@ -278,8 +325,17 @@ def fill(parameter: "torch.Tensor", tensor: OutputTensor, context: Context) -> N
     with torch.no_grad():
         for block in blocks(tensor, context):
             values = _to_torch(block)
-            flat[start : start + values.numel()].copy_(values)
+            part = flat[start : start + values.numel()]
+            part.copy_(values)
             start += values.numel()
+            if values.dtype == part.dtype or part.isfinite().all():
+                continue
+            if lost := int((values.isfinite() & ~part.cpu().isfinite()).sum()):
+                raise BridgeError(
+                    f"{tensor.name} has {plural(lost, 'value')} that {'is' if lost == 1 else 'are'} "
+                    f"too large for {str(part.dtype).removeprefix('torch.')}, in which the yml "
+                    "trains. Set `precision: bfloat16`, or train in fp32."
+                )
     assert start == prod(tensor.shape)
 
 
