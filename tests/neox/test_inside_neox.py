@@ -205,13 +205,9 @@ def exporters(target: Path) -> list[int]:
 # disks that are really full or slow; with root
 
 
-def steps_of(folder: Path) -> list[str]:
-    """The steps that GPT-NeoX saved, with the bytes of each."""
-    return [f"{p.name} {bytes_of(p)}" for p in sorted(folder.glob("global_step*"))]
-
-
-def bytes_of(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+def steps_of(folder: Path) -> list[Path]:
+    """The files of the steps that GPT-NeoX saved."""
+    return sorted(path.relative_to(folder) for path in folder.glob("global_step*/**/*"))
 
 
 def pages_of(folder: Path) -> int:
@@ -267,7 +263,8 @@ def test_exports_leave_a_shared_disk_to_the_checkpoints(
         assert result["losses"] == losses
         assert steps_of(disk / "run") == steps_of(tmp_path / "plain")
         for step in (5, 10, 15, 20):
-            source = str(disk / "run" / f"global_step{step}")
+            source = str(tmp_path / "plain" / f"global_step{step}")
+            assert verify(source, str(disk / "run" / f"global_step{step}")).holds
             assert verify(source, str(disk / "exported" / f"step{step}")).holds
 
 
