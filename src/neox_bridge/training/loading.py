@@ -331,10 +331,10 @@ def fill(parameter: "torch.Tensor", tensor: OutputTensor, context: Context) -> N
             if values.dtype == part.dtype or part.isfinite().all():
                 continue
             if lost := int((values.isfinite() & ~part.cpu().isfinite()).sum()):
+                dtype = str(part.dtype).removeprefix("torch.")
                 raise BridgeError(
-                    f"{tensor.name} has {plural(lost, 'value')} that {'is' if lost == 1 else 'are'} "
-                    f"too large for {str(part.dtype).removeprefix('torch.')}, in which the yml "
-                    "trains. Set `precision: bfloat16`, or train in fp32."
+                    f"{tensor.name} has {plural(lost, 'value')} too large for {dtype}, in which "
+                    "the yml trains. Set `precision: bfloat16`, or train in fp32."
                 )
     assert start == prod(tensor.shape)
 
