@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import resharding
 import torch
 import yaml
 from common import convert, plan_of
 from neox_mixes import MIXES
 from neox_parts import HEADS, HIDDEN, POSITIONS, Part, block, cut, model, read, write
-from resharding import reshard
+from resharding import compare_states, reshard
 
 from neox_bridge.api import diagnose, open_checkpoint, verify
 from neox_bridge.errors import BridgeError, Refused
@@ -22,6 +23,7 @@ from neox_bridge.frameworks.eras import ERAS, era_named, span_of
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.masters import with_masters
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
@@ -264,20 +266,61 @@ def test_relative_positions_that_stages_trained_apart_stay_apart(tmp_path: Path)
         Refused, match=r"attention\.rpe\.weight of its pipeline stages differ.*`pp=2`"
     ):
         plan_of(source, tmp_path / "one", to="neox", pp=1)
-    with pytest.raises(Refused, match="each pipeline stage of GPT-NeoX trains one"):
-        plan_of(source, tmp_path / "fresh", to="neox", optimizer="fresh")
 
 
-def test_optimizer_states_of_relative_positions_stay_in_one_stage(tmp_path: Path) -> None:
-    """DeepSpeed's partitions of several stages would have one set of states for each."""
+def test_optimizer_states_of_relative_positions_stay_in_their_stages(tmp_path: Path) -> None:
+    """Each stage has states of its own."""
+    source = _relative(tmp_path, alike=False, stages=2)
+    convert(source, tmp_path / "run", to="neox", optimizer="fresh")
+    reshard(tmp_path / "run", tmp_path / "plain", zero=0, tp=1, dp=2)
+    reshard(tmp_path / "plain", tmp_path / "back", zero=1, tp=2, dp=1)
+    run, back = (open_checkpoint(str(tmp_path / n)) for n in ("run", "back"))
+    assert compare_states((run, read_optimizer(run)), (back, read_optimizer(back))) == []
+    masters = with_masters(back).tensors
+    for number in (0, 1):
+        stored = torch.cat([rank[2 + number]["attention.rpe.weight"] for rank in read(source)], 1)
+        written = resharding.tensor(masters[f"layers.{number}.attention.rpe.weight"])
+        assert torch.equal(written, stored)
+    with pytest.raises(Refused, match=r"each pipeline stage of GPT-NeoX trains one.*`pp=2`"):
+        reshard(tmp_path / "plain", tmp_path / "one", pp=1)
+
+
+def test_optimizer_states_of_one_stage_stay_in_one(tmp_path: Path) -> None:
     source = _relative(tmp_path, alike=True, stages=1)
     convert(source, tmp_path / "run", to="neox", optimizer="fresh")
-    run = open_checkpoint(str(tmp_path / "run"))
     with pytest.raises(Refused, match=r"each pipeline stage of GPT-NeoX trains one.*`pp=1`"):
-        plan_reshard(run, read_optimizer(run), Resharding(pp=2), str(tmp_path / "two"))
-    convert(source, tmp_path / "stages", to="neox", pp=2)
-    with pytest.raises(Refused, match="optimizer states of 2 stages cannot be read"):
-        read_optimizer(open_checkpoint(str(tmp_path / "stages")))
+        reshard(tmp_path / "run", tmp_path / "two", pp=2)
+    # a new optimizer has states for each stage
+    convert(source, tmp_path / "stages", to="neox", pp=2, optimizer="fresh")
+    stages = open_checkpoint(str(tmp_path / "stages"))
+    owners = [p for p in read_optimizer(stages).members if p[1] == "attention.rpe.weight"]
+    assert owners == [(2, "attention.rpe.weight"), (3, "attention.rpe.weight")]
+
+
+def test_stage_3_contains_a_shared_parameter_once(tmp_path: Path) -> None:
+    source = _relative(tmp_path, alike=True, stages=1)
+    convert(source, tmp_path / "run", to="neox", tp=1, optimizer="fresh")
+    reshard(tmp_path / "run", tmp_path / "third", zero=3, pp=0, dp=2)
+    third = open_checkpoint(str(tmp_path / "third"))
+    assert verify(open_checkpoint(str(source)), third).holds
+    meta = torch.load(
+        tmp_path / "third/global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt",
+        weights_only=False,
+    )
+    first, second = (f"sequential.{n}.attention.rpe.weight" for n in (2, 3))
+    assert meta["shared_params"] == {second: first}
+    assert meta["module"][second].numel() == 0
+    assert [name for group in meta["param_shapes"] for name in group if "rpe" in name] == [first]
+    reshard(tmp_path / "third", tmp_path / "back", zero=1, pp=1, dp=1)
+    run, back = (open_checkpoint(str(tmp_path / n)) for n in ("run", "back"))
+    assert compare_states((run, read_optimizer(run)), (back, read_optimizer(back))) == []
+
+
+def test_universal_checkpoints_contain_a_shared_parameter_once(tmp_path: Path) -> None:
+    source = _relative(tmp_path, alike=True, stages=1)
+    convert(source, tmp_path / "run", to="neox", optimizer="fresh")
+    with pytest.raises(Refused, match=r"trains one attention\.rpe\.weight.*contain it once"):
+        reshard(tmp_path / "run", tmp_path / "target", universal=True)
 
 
 @pytest.mark.parametrize("name", ["alibi", "sinusoidal"])
@@ -304,17 +347,6 @@ def test_buffers_get_no_masters_of_a_run_without_zero(name: str, tmp_path: Path)
     assert given is not None
     assert list(given) == [MASTER, "exp_avg", "exp_avg_sq"]
     assert {key for key, named in given.items() if set(named) != set(checkpoint.trained)} == set()
-
-
-@pytest.mark.parametrize("asked", [Resharding(universal=True), Resharding(zero=3, pp=0, tp=1)])
-def test_files_that_name_a_shared_parameter_once_are_refused(
-    asked: Resharding, tmp_path: Path
-) -> None:
-    source = _relative(tmp_path, alike=True, stages=1)
-    convert(source, tmp_path / "run", to="neox", optimizer="fresh")
-    run = open_checkpoint(str(tmp_path / "run"))
-    with pytest.raises(Refused, match=r"trains one attention\.rpe\.weight.*name it once"):
-        plan_reshard(run, read_optimizer(run), asked, str(tmp_path / "target"))
 
 
 @pytest.mark.parametrize("name", ["learned", "sinusoidal", "alibi"])

@@ -209,13 +209,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         edited(STATES_1, lambda v: inner(v).update(fp32_flat_groups=[torch.empty(0)] * 2)),
         ("NVMe", "offload_optimizer"),
     ),
-    "Transformer Engine": (
-        edited(
-            MODEL_0,
-            lambda v: v["module"].update({"sequential.2.attention.qkv.weight": torch.empty(0)}),
-        ),
-        ("Transformer Engine", "attention.qkv.weight"),
-    ),
 }
 
 

@@ -32,6 +32,7 @@ from resharding import (
 )
 
 from neox_bridge.api import open_checkpoint
+from neox_bridge.architectures.pipeline_stages import stage_bounds
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.context import Context
@@ -39,7 +40,6 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.optimizer.global_batch import Batch, spread
 from neox_bridge.optimizer.mp_rank import buffer_names
 from neox_bridge.optimizer.options import Resharding
-from neox_bridge.optimizer.pipeline_stages import stage_bounds
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.read_stage0 import read_stage0
 from neox_bridge.optimizer.reshard import plan_reshard

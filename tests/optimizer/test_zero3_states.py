@@ -1,22 +1,25 @@
 """Optimizer states of ZeRO stage 3: read, exported, and written for other stages and ranks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from published import differing
 from resharding import logical, reshard
 from safetensors.numpy import load_file
 from zero3_writer import Zero3, deepspeed_names, edit, write
-from zero_writer import made_up
+from zero_writer import Model, made_up
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import era_named
+from neox_bridge.layouts.transformer_engine import te_name
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.states import Optimizer
 
@@ -192,3 +195,71 @@ def test_damaged_states_are_refused(name: str, tmp_path: Path) -> None:
     edit(root / "global_step8" / STATES_1, damage)
     with pytest.raises(BridgeError, match=message):
         read(root)
+
+
+def with_te(model: Model) -> Model:
+    """The model under the names of Transformer Engine's modules, whose norm is in the MLP."""
+
+    def renamed(name: str) -> str:
+        today = name.replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2")
+        return te_name(today)
+
+    ranks = [{(layer, renamed(n)): held for (layer, n), held in r.items()} for r in model.ranks]
+    return replace(model, ranks=ranks)
+
+
+def te_run(folder: Path) -> Path:
+    """A run with ``te_mha`` and ``te_layernorm_mlp``."""
+    root = write(with_te(made_up()), Zero3(dp=2), folder)
+    (yml,) = root.glob("global_step8/configs/*.yml")
+    settings = {"te_mha": True, "te_layernorm_mlp": True}
+    yml.write_text(yml.read_text() + yaml.safe_dump(settings))
+    for path in root.glob("global_step8/*model_states.pt"):
+        edit(path, lambda value: value["module"].update({"sequential.2.mlp._extra_state": None}))
+    return root
+
+
+@pytest.mark.parametrize("asked", [{}, {"zero": 0, "dp": 1}, {"zero": 1, "tp": 2, "pp": 2}])
+def test_modules_of_transformer_engine(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Their states are read under GPT-NeoX's own names, and their groups stay as they were."""
+    root, plain = te_run(tmp_path / "te"), write(made_up(), Zero3(dp=2), tmp_path / "plain")
+    reshard(root, tmp_path / "new", **asked)
+    reshard(tmp_path / "new", tmp_path / "back", zero=3, pp=0, tp=1, dp=2)
+    want = logical(plain)
+    for folder in (root, tmp_path / "new", tmp_path / "back"):
+        states = logical(folder)
+        for key, tensors in states.items():
+            assert tensors.keys() == want[key].keys()
+            assert all(torch.equal(tensor, want[key][name]) for name, tensor in tensors.items())
+    before, after = read(root), read(tmp_path / "back")
+    assert list(after.members.items()) == list(before.members.items())
+    decayed = [name for (layer, name), group in after.members.items() if layer == 2 and not group]
+    assert "post_attention_layernorm.weight" in decayed
+    assert "input_layernorm.weight" not in decayed
+
+
+def test_states_of_transformer_engine_stay_with_its_modules(tmp_path: Path) -> None:
+    root = te_run(tmp_path / "te")
+    for options, reason in (
+        ({"era": era_named("2024-10")}, "weight decay to other parameters"),
+        ({"zero": 1, "universal": True}, "not supported for modules of Transformer Engine"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            reshard(root, tmp_path / "new", **options)
+    run("export-optimizer", root, tmp_path / "exported")
+    run("inspect", root)
+
+
+def test_parameters_that_the_model_does_not_contain_are_refused(tmp_path: Path) -> None:
+    """Biases of zeros that the yml turns off are left out of the model."""
+    model = with_te(made_up())
+    for place, states in model.ranks[0].items():
+        if place[1] in ("mlp.fc1_bias", "mlp.fc2_bias"):
+            states["fp32"][:] = 0
+    root = te_run(tmp_path / "te")
+    write(model, Zero3(dp=2), tmp_path / "zeros")
+    (yml,) = root.glob("global_step8/configs/*.yml")
+    (other,) = (tmp_path / "zeros").glob("global_step8/configs/*.yml")
+    other.write_text(yml.read_text() + "use_bias_in_mlp: false\n")
+    with pytest.raises(Refused, match=r"trains layer 2: mlp\.linear1\.bias.*does not contain"):
+        read(tmp_path / "zeros")

@@ -280,7 +280,7 @@ class Architecture:
             or in trees of an era.
         forms: The formats of other libraries.
         shared: GPT-NeoX's name of a parameter that all blocks of a pipeline stage share; "" if
-            there is none. Its row of the first block is trained.
+            there is none; see pipeline_stages.with_owners.
         one_matrix: Whether trees before neox-mlp-names have its gated MLP as one matrix with
             biases, as ParallelMLP has geglu there.
         joined: The tensors of Hugging Face files that contain the rows of several weights: the

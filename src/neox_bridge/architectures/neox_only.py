@@ -268,13 +268,9 @@ def _weights(model: _Model) -> tuple[Weight, ...] | None:
         if rule is None:
             return None
         some = frozenset(numbers) if place == "block" and len(numbers) < model.layers else None
-        row_blocks = [(rule.trained, some)]
-        if name == _SHARED:
-            row_blocks = [(True, frozenset({0})), (False, frozenset(range(1, model.layers)))]
         rows += [
-            replace(weight, trained=trained, blocks=blocks_of_row)
+            replace(weight, trained=rule.trained, blocks=some)
             for weight in _rows(model, place, name, dimensions, rule)
-            for trained, blocks_of_row in row_blocks
         ]
     # the table always has a head, even if the model has none
     heads = {row.neox for row in rows if row.place == "head"}

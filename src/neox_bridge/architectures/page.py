@@ -63,7 +63,9 @@ Every family except Mamba is also converted as
   GPT-NeoX then takes twice. Proof, **without Transformer Engine**, which needs a GPU: the real
   GPT-NeoX loads what was written strictly, around a stand-in whose names, states, row orders and
   arithmetic follow Transformer Engine's source (1.12, which GPT-NeoX requires), and computes
-  transformers' logits to 1e-5. What it then saves comes back as the same bits.
+  transformers' logits to 1e-5. What it then saves comes back as the same bits. `reshard` takes runs
+  with both modules to other ranks and ZeRO stages, but not to universal checkpoints or to
+  GPT-NeoX's own modules, because weight decay applies to other parameters there.
 """
 
 # features of a model, their settings, and the kind of proof; the mixes are those of tests/neox
@@ -105,7 +107,7 @@ blocks need CUDA kernels, which were not run.
 Some models depend on the number of tensor-parallel ranks, so they keep it: norms on q and k with
 `norm: layernorm` or `scalenorm`, Mamba blocks, gMLP blocks. Relative positions are one parameter of
 all blocks of a pipeline stage. If the stages have trained different ones, the number of stages
-stays, and their optimizer states cannot be read.
+stays; with the optimizer states it always stays.
 """
 
 _EXAMINED = """

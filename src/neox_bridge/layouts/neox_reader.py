@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, NoReturn
 
 from neox_bridge.architectures import for_neox
-from neox_bridge.architectures.base import INV_FREQ, Architecture
+from neox_bridge.architectures.base import INV_FREQ, Architecture, ModelConfig, shared_reason
 from neox_bridge.architectures.llama_like import with_one_matrix
 from neox_bridge.architectures.neox_config import attention_kinds
 from neox_bridge.architectures.neox_only import (
@@ -19,6 +19,7 @@ from neox_bridge.architectures.neox_only import (
     shapes_of,
     unknown_tensors,
 )
+from neox_bridge.architectures.pipeline_stages import stages_of, with_owners
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
 from neox_bridge.findings import Dropped
@@ -151,11 +152,16 @@ def open_neox(
     record = read_record(folder)
     _refuse_quantized(folder, raw, read)
     _refuse_row_output(folder, raw, read)
-    plain = to_plain(read.ranks, raw, folder)
+    plain = to_plain(read.ranks, raw, folder, read.stored_as)
     window = effective_window(plain.raw, read.layout)
     raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
     layers = _layers(raw, args, folder)
     architecture = _family(raw, record, read, layers, folder)
+    if architecture.shared and read.is_universal:
+        raise Refused(
+            f"{folder}: {shared_reason(architecture.shared)}, and a universal checkpoint contains "
+            "it once, which is not supported. Use the checkpoint that it was made from."
+        )
     if architecture.neox_only and not read.is_universal:
         _check_yml(raw, read, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
@@ -174,6 +180,8 @@ def open_neox(
         )
     except BridgeError as error:
         raise naming_proposal(error, raw, folder) from None
+    if architecture.shared:
+        architecture = _with_owners(architecture, config, raw, read)
     tokenizer = local_tokenizer(place, raw)
     revision = revision or revision_of(folder)
     named_step = step_in_name(folder, revision)
@@ -381,6 +389,22 @@ def _family(
     return (by_rules() if other is architecture else other) or architecture
 
 
+def _with_owners(
+    architecture: Architecture, config: ModelConfig, raw: Mapping[str, Any], read: _Read
+) -> Architecture:
+    """See ``pipeline_stages.with_owners``. More stages than layers are reported later."""
+    stages = read.stages if read.stages <= config.head_layer + 1 else 1
+    layers = read.ranks[0].items()
+    bounds = stages_of(
+        architecture,
+        config,
+        raw,
+        stages,
+        lambda: ((layer, ref.shape) for layer, tensors in layers for ref in tensors.values()),
+    )
+    return with_owners(architecture, config.layers, bounds)
+
+
 def _check_yml(raw: Mapping[str, Any], read: _Read, folder: str) -> None:
     """Raise Refused if GPT-NeoX would build other tensors from the yml than the checkpoint has."""
     key, name = contradiction(raw, read.names)
@@ -581,7 +605,8 @@ def _read_zero3(folder: str, names: Sequence[str]) -> _Read:
         )
     stored = read_zero3(folder, names)
     files = tuple(path for paths in (*stored.files.models, *stored.files.states) for path in paths)
-    return _Read("ranks", stored.ranks, stored.meta, 1, files, parts=stored.parts)
+    states = tuple(_states(stored.meta["module"]))
+    return _Read("ranks", stored.ranks, stored.meta, 1, files, states, parts=stored.parts)
 
 
 def _check_one_each(folder: str, names: Sequence[str], read: Collection[str]) -> None:

@@ -8,7 +8,7 @@ the row maps of tensors/fused.py.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.detectors import GATED
 from neox_bridge.layouts.derived_values import is_zero
+from neox_bridge.layouts.universal_folder import Parameter, parameter
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 Module = Literal["attention", "mlp"]
@@ -79,12 +80,31 @@ def plain_name(name: str) -> tuple[str, Module | None]:
     return (f"{match[1]}.{match[2]}" if match else name), None
 
 
-def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
+def plain_parameter(name: str, path: str) -> Parameter:
+    """``universal_folder.parameter`` with GPT-NeoX's own name."""
+    layer, short = parameter(name, path)
+    return layer, plain_name(short)[0]
+
+
+def stored_name(name: str, modules: Collection[str]) -> str:
+    """The name in a checkpoint with these modules of Transformer Engine. name: GPT-NeoX's own."""
+    renamed = te_name(name)
+    return renamed if plain_name(renamed)[1] in modules else name
+
+
+def to_plain(
+    ranks: Ranks,
+    raw: Mapping[str, Any],
+    folder: str,
+    stored_as: Callable[[TensorRef], Iterable[TensorRef]],
+) -> Plain:
     """A checkpoint as GPT-NeoX's own modules would have saved the same model.
 
     The names tell which modules were Transformer Engine's, never the yml; its KEYS stay there for
     what judges it, and no target takes them over. Raises Refused if GPT-NeoX computes something
     with them that its own modules don't.
+
+    stored_as: the tensors that can be read in place of one of ``ranks``.
     """
     te_modules = {
         m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])
@@ -108,7 +128,7 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
         settings["norm"] = norm.removeprefix("te_")
     for module in sorted(modules):
         key, names = BIASES[module]
-        if settings.get(key) is False and not _drop_zeros(renamed, names, dropped):
+        if settings.get(key) is False and not _drop_zeros(renamed, names, dropped, stored_as):
             settings[key] = True
     findings: tuple[Finding, ...] = ()
     if "mlp" in modules:
@@ -145,11 +165,15 @@ def _unused(tensors: Mapping[str, TensorRef]) -> list[str]:
 
 
 def _drop_zeros(
-    ranks: Sequence[dict[int, dict[str, TensorRef]]], names: Collection[str], dropped: list[Dropped]
+    ranks: Sequence[dict[int, dict[str, TensorRef]]],
+    names: Collection[str],
+    dropped: list[Dropped],
+    stored_as: Callable[[TensorRef], Iterable[TensorRef]],
 ) -> bool:
     """Take out biases that the yml denies; False, and they stay, where one isn't zero."""
     held = [(layer, t) for rank in ranks for layer, t in rank.items() if set(names) & set(t)]
-    if not all(is_zero(t[name]) for _, t in held for name in names if name in t):
+    biases = (t[name] for _, t in held for name in names if name in t)
+    if not all(is_zero(part) for bias in biases for part in stored_as(bias)):
         return False
     why = "all zeros: Transformer Engine always stores it, but the yml turns it off"
     for layer, tensors in held:
@@ -165,7 +189,7 @@ def _mlp_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {"gpt_j_tied": False} if raw.get("gpt_j_tied") else {}
     if (raw.get("activation") or "gelu") == "gelu":
         settings["bias_gelu_fusion"] = True
-    if raw.get("activation") in GATED:
+    if raw.get("activation") in GATED and raw.get("mlp_type"):
         settings["mlp_type"] = "regular"
     return settings
 

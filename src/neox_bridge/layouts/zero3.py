@@ -23,7 +23,7 @@ from neox_bridge.layouts.deepspeed_values import check_meta, check_tensor, shape
 from neox_bridge.layouts.file_names import ZERO3, optimizer_files, zero3_file
 from neox_bridge.layouts.missing_files import rank_files, told_ranks
 from neox_bridge.layouts.tensor_names import check_names
-from neox_bridge.layouts.transformer_engine import plain_name
+from neox_bridge.layouts.transformer_engine import STATE
 from neox_bridge.layouts.universal_folder import parameter
 from neox_bridge.layouts.untrusted import mapping, unexpected
 from neox_bridge.stores.paths import ahead
@@ -34,6 +34,7 @@ from neox_bridge.wording import plural, some
 
 MASTERS = "fp32_flat_groups"
 FRAGMENTS = "frozen_param_fragments"
+SHARED = "shared_params"  # the owner of a parameter by its other names; only on the first rank
 FROZEN = "frozen_param_shapes"
 _MODULE = "module"
 _SHOWN = 7  # files in a message; any number of files can be missing
@@ -74,6 +75,7 @@ def read_zero3(folder: str, names: Sequence[str]) -> Zero3:
     """
     files = zero3_files(folder, names)
     metas = [model_file(paths[0]) for paths in files.models]
+    shared = mapping(metas[0], SHARED, files.models[0][0])
     ranks: list[Layers] = []
     parts: dict[TensorRef, Whole] = {}
     for meta, models, states in zip(metas, files.models, files.states, strict=True):
@@ -90,12 +92,8 @@ def read_zero3(folder: str, names: Sequence[str]) -> Zero3:
             )
         for number, (name, ref) in enumerate(module.items()):
             layer, short = parameter(name, models[0])
-            if plain_name(short)[1] is not None:
-                raise Refused(
-                    f"{models[0]}: {name} is of a Transformer Engine module, which cannot be read "
-                    "at ZeRO stage 3 yet. Save the run at stage 1."
-                )
-            whole = frozen.get(name) or trained.get(name)
+            owner = str(shared.get(name, name))
+            whole = frozen.get(owner) or trained.get(owner)
             if whole is None:
                 if not prod(ref.shape):
                     raise BridgeError(
@@ -236,7 +234,8 @@ def _module(meta: Mapping[str, Any], path: str) -> dict[str, TensorRef]:
     """The tensors of a model file by name. Those of parameters are empty."""
     module = mapping(meta, _MODULE, path)
     check_names(module, path)
-    for name, ref in module.items():
+    tensors = {name: ref for name, ref in module.items() if not name.endswith(STATE)}
+    for name, ref in tensors.items():
         if not isinstance(ref, TensorRef):
             raise unexpected(path, f"{_MODULE}: {name}", ref, "a tensor")
-    return dict(module)
+    return tensors

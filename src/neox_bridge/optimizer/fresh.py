@@ -6,16 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.pipeline_stages import holds, with_owners
 from neox_bridge.errors import Refused
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.gradient_scale import ADAMS
 from neox_bridge.optimizer.mp_rank import parameter_name
 from neox_bridge.optimizer.parameter_order import divided
-from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.optimizer.states import DEEPSPEED, Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
-from neox_bridge.planning.neox_files import NeoxModel, NewOptimizer, RankLayout, rank_parameters
+from neox_bridge.planning.neox_files import (
+    NeoxModel,
+    NewOptimizer,
+    RankLayout,
+    rank_parameters,
+    stage_layers,
+)
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputTensor
 
@@ -42,15 +48,9 @@ def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int
         )
     params = adam.get("params") or {}
     schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)
-    by_rank = [_states(model, rank) for rank in range(layout.tp)]
-    parameters = by_rank[0][MASTER].items()
-    bounds = stages_of(
-        architecture,
-        config,
-        training,
-        layout.stages,
-        lambda: ((layer, tensor.shape) for (layer, _), tensor in parameters),
-    )
+    bounds = stage_layers(model, training)
+    owners = with_owners(architecture, config.layers, bounds)
+    by_rank = [_states(replace(model, architecture=owners), n) for n in range(layout.tp)]
     decay = float(training.get("weight_decay", 0.1))
     settings = {
         **ADAM,

@@ -53,9 +53,12 @@ def with_masters(
 def _in_fp32(checkpoint: Checkpoint, masters: Mapping[str, Whole]) -> dict[str, Whole]:
     """The model's tensors, with masters in place of weights. Buffers stay as they are stored."""
     shared = checkpoint.architecture.shared
-    names = [row.hf for row in checkpoint.rows if shared and row.weight.neox == shared]
-    tensors = {**checkpoint.tensors, **masters}
-    return tensors | dict.fromkeys(names, tensors[names[0]]) if names else tensors
+    tensors, owner = {**checkpoint.tensors, **masters}, ""
+    for row in checkpoint.rows if shared else ():
+        if row.weight.neox == shared:
+            owner = row.hf if row.weight.trained else owner
+            tensors[row.hf] = tensors[owner]
+    return tensors
 
 
 def as_it_was_converted(

@@ -9,11 +9,12 @@ v1.0.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from neox_bridge.architectures.pipeline_stages import holds, stages_of
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.deepspeed_values import shapes
+from neox_bridge.layouts.transformer_engine import stored_name
 from neox_bridge.layouts.universal_folder import Parameter
-from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.tensors.pieces import Shape
 from neox_bridge.wording import plural
 
@@ -86,11 +87,14 @@ def source_bounds(checkpoint: Checkpoint) -> list[range]:
 
 
 def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
-    """The parameters of a tensor-parallel rank in a stage, in order, with their local shapes."""
+    """The parameters of a tensor-parallel rank in a stage, in order, with their local shapes.
+
+    Their names are those in the files.
+    """
     used = {piece.source for whole in checkpoint.trained.values() for piece in whole.pieces}
-    stored = checkpoint.neox_state.ranks[rank]
+    stored, modules = checkpoint.neox_state.ranks[rank], checkpoint.neox_state.te
     return {
-        (layer, name): ref.shape
+        (layer, stored_name(name, modules)): ref.shape
         for layer in sorted(stored)
         if holds(checkpoint.config, layers, layer)
         for name, ref in stored[layer].items()

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from neox_bridge.architectures.base import shared_reason
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
@@ -49,15 +48,10 @@ def read_optimizer(
     paths = [os.path.join(folder, rank_file(n)) for n in range(count)]
     check_settings(checkpoint.raw, folder)
     metas = tuple(map(_meta, ahead(paths)))
-    if (shared := checkpoint.architecture.shared) and state.pp > 1:
+    if state.te and state.universal:
         raise Refused(
-            f"{folder}: {shared_reason(shared)}, so its optimizer states of {state.pp} stages "
-            "cannot be read. Convert only the weights."
-        )
-    if state.te:
-        raise Refused(
-            f"{folder}: the run used modules of Transformer Engine. Their optimizer states cannot "
-            "be read yet. Convert only the weights."
+            f"{folder}: the run used modules of Transformer Engine, and the states of such a "
+            "universal checkpoint cannot be read. Use the checkpoint that it was made from."
         )
     if state.universal:
         from neox_bridge.optimizer.read_universal import read_universal
@@ -144,6 +138,13 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
     """
     if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
         raise Refused(f"{folder}: {odd[0][:80]!r} is not a valid name of an optimizer state.")
+    places = {place for _, place in stored_tensors(checkpoint)}
+    strange = [f"layer {p[0]}: {p[1]}" for p in optimizer.members if p not in places]
+    if strange:
+        raise Refused(
+            f"{folder}: the optimizer trains {some(strange)}, but the model does not contain it. "
+            "Convert only the weights."
+        )
     used = {piece.source for whole in stored_wholes(checkpoint).values() for piece in whole.pieces}
     for place, ref in stored_tensors(checkpoint).items():
         _, (layer, name) = place

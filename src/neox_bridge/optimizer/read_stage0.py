@@ -20,6 +20,7 @@ from neox_bridge.layouts.deepspeed_values import (
     states_of,
 )
 from neox_bridge.layouts.file_names import rank_file
+from neox_bridge.layouts.transformer_engine import plain_name
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import mapping, sequence
 from neox_bridge.optimizer.parameter_order import divided, source_bounds, stored_parameters
@@ -60,7 +61,10 @@ def read_stage0(
                 f"{path}: param_groups of its optimizer has {len(param_groups)} groups, but "
                 "GPT-NeoX writes one or two. The file is damaged. Download or copy it again."
             )
-        for index, group_shapes in enumerate(divided(named, len(param_groups), path)):
+        for index, stored in enumerate(divided(named, len(param_groups), path)):
+            group_shapes = {
+                (layer, plain_name(n)[0]): shape for (layer, n), shape in stored.items()
+            }
             if inner is None:
                 scalars = _plain(torch_state, index, group_shapes, rank, shards, path)
             else:

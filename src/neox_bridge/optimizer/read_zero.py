@@ -15,7 +15,8 @@ from neox_bridge.frameworks.deepspeed import deals_out_parameters
 from neox_bridge.frameworks.writers import SHAPES
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.file_names import rank_file
-from neox_bridge.layouts.universal_folder import Parameter, parameter
+from neox_bridge.layouts.transformer_engine import plain_parameter
+from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.layouts.untrusted import mapping, text, unexpected
 from neox_bridge.optimizer.derived_settings import DerivedSettings, derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
@@ -118,7 +119,7 @@ def read_zero(
             keys += [key for key in parts if key not in keys]
             for key, refs in parts.items():
                 for name, tensor in wholes_of(shapes, refs).items():
-                    place = parameter(name, paths[0])
+                    place = plain_parameter(name, paths[0])
                     # tied embeddings are in the first and the last stage, and DeepSpeed keeps them
                     # equal
                     shards.setdefault((number % state.tp, place), {}).setdefault(key, tensor)
@@ -196,7 +197,7 @@ def _check_names(order: Groups, path: str) -> None:
     """Raise BridgeError if two names refer to one parameter."""
     seen: dict[Parameter, str] = {}
     for name in (name for group in order for name in group):
-        first = seen.setdefault(parameter(name, path), name)
+        first = seen.setdefault(plain_parameter(name, path), name)
         if first != name:
             raise BridgeError(
                 f"{path}: param_shapes lists one parameter under two names, {first[:80]} and "

@@ -20,7 +20,8 @@ from neox_bridge.layouts.deepspeed_values import (
     states_of,
 )
 from neox_bridge.layouts.text_files import list_folder
-from neox_bridge.layouts.universal_folder import MASTER, Parameter, parameter
+from neox_bridge.layouts.transformer_engine import plain_parameter
+from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import count, mapping
 from neox_bridge.layouts.zero3 import (
     MASTERS,
@@ -94,7 +95,7 @@ def read_zero3_states(checkpoint: Checkpoint, folder: str) -> Optimizer:
                 )
             keys[key] = None
             for name, whole in wholes_of_parts(sub_groups[index], by_rank).items():
-                place = parameter(name, models[0])
+                place = plain_parameter(name, models[0])
                 shards.setdefault((number, place), {})[key] = whole
                 members[place] = group_of[index]
     optimizer = Optimizer(

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import INV_FREQ, shared_reason
+from neox_bridge.architectures.pipeline_stages import holds
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import era_named
@@ -23,7 +24,6 @@ from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed,
 from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.optimizer.options import Resharding
-from neox_bridge.optimizer.pipeline_stages import holds
 from neox_bridge.optimizer.reshard_target import Target, choose_target
 from neox_bridge.optimizer.states import Optimizer, States, states
 from neox_bridge.optimizer.target_parameters import with_target_names
@@ -59,7 +59,7 @@ from neox_bridge.planning.neox_files import (
 from neox_bridge.planning.neox_yml import in_yml, resume_yml, unnameable, unnameable_finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record, source_summary
-from neox_bridge.planning.to_neox import checkpoint_args
+from neox_bridge.planning.to_neox import checkpoint_args, keeps_owners
 from neox_bridge.planning.weight_dtypes import dtype_refusals
 from neox_bridge.tensors.fragments import put
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
@@ -285,9 +285,11 @@ def _metadata(
         INFO: info,
     }
     frozen: dict[str, Any] | None = {} if target.zero >= 2 else None  # engine.py, save_frozen_param
-    more = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
+    shared = None if inside else _shared_params(checkpoint, target, number)
+    more: dict[str, Any] = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
+    more["shared_params"] = shared
     if (target.zero == 0) != (sources.metas[0].get("param_shapes") is None) or target.zero == 3:
-        more |= {"shared_params": None if inside else {}, "optimizer": None}
+        more["optimizer"] = None
     # zero_to_fp32.py of DeepSpeed expects these keys
     always = target.zero == 3
     new |= {key: value for key, value in more.items() if always or key in sources.metas[0]}
@@ -296,6 +298,18 @@ def _metadata(
     new["optimizer"], states, _ = inside[number]
     value, tensors = mp_rank(sources, stage, rank, new)
     return value, [*states, *tensors]
+
+
+def _shared_params(checkpoint: Checkpoint, target: Target, number: int) -> dict[str, str]:
+    """The other names of parameters that blocks share, which DeepSpeed's first rank records."""
+    names, owner = {}, ""
+    for row in checkpoint.rows if number == 0 else ():
+        if row.layer in target.bounds[0] and row.weight.neox == checkpoint.architecture.shared:
+            name = _named(target, (row.layer, row.weight.neox))
+            owner = name if row.weight.trained else owner
+            if name != owner:
+                names[name] = owner
+    return names
 
 
 def _args(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
@@ -448,8 +462,13 @@ def _with_target(
     if resharding.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, resharding.zero, given)
     target = choose_target(checkpoint, optimizer, resharding, version)
-    if (shared := checkpoint.architecture.shared) and target.layout.stages > 1:
-        raise Refused(f"{checkpoint.path}: {shared_reason(shared)}. Use `pp=1` or `pp=0`.")
+    shared, stages = checkpoint.architecture.shared, checkpoint.neox_state.pp
+    if shared and not keeps_owners(checkpoint, target.layout):
+        keep = f"`pp={stages}`" if stages > 1 else "`pp=1` or `pp=0`"
+        raise Refused(
+            f"{checkpoint.path}: {shared_reason(shared)}, so its optimizer states belong to the "
+            f"stages of the run. Use {keep}."
+        )
     if target.rescaling is not None:
         given = target.rescaling.states(given or states(checkpoint, optimizer))
         optimizer = target.rescaling.optimizer(optimizer)

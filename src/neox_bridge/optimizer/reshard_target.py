@@ -1,7 +1,6 @@
 """Resolves the options of ``reshard`` against the model and the batch."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from neox_bridge.architectures.base import ModelConfig, shared_reason
@@ -21,11 +20,10 @@ from neox_bridge.optimizer.gradient_scale import (
     rescaling,
 )
 from neox_bridge.optimizer.options import Resharding
-from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.states import Optimizer, States, states
 from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.era_checks import EraSettings, check_era, era_settings, lost_in_era
-from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
+from neox_bridge.planning.neox_files import NeoxModel, RankLayout, stage_layers
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.to_neox import target_layout
 from neox_bridge.planning.vocabulary import Vocabulary, keep, padding_multiple
@@ -87,6 +85,7 @@ def choose_target(
     if resharding.era is not None:
         check_era(checkpoint, layout, era, options)
         refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
+    _check_te(checkpoint, layout, universal=resharding.universal)
     settings = era_settings(checkpoint, layout, resharding.era)
     rows = checkpoint.config.dims["vocab"]
     if state.universal:  # it may not contain the rows of padding, which are restored as zeros
@@ -105,7 +104,7 @@ def choose_target(
         _check_stage_2(layout)
     if zero == 3:
         _check_stage_3(layout)
-    _check_names(checkpoint, zero, universal=resharding.universal)
+    _check_names(checkpoint, universal=resharding.universal)
     if zero in (0, 3) and resharding.universal:
         raise Refused(
             "`universal=True`: DeepSpeed loads universal checkpoints only at ZeRO stages 1 and 2. "
@@ -125,7 +124,8 @@ def choose_target(
         rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
         scaled_settings = rescaled.yml(settings.raw)
     findings = gradient_findings(version, before, after, rescaled, scaled_settings)
-    bounds = tuple(_stages(checkpoint, layout, config))
+    wholes = with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors)
+    bounds = tuple(stage_layers(NeoxModel(checkpoint.architecture, config, wholes, layout), raw))
     step = f"global_step{state.iteration}{'_universal' if resharding.universal else ''}"
     return Target(
         layout, config, vocabulary, dp, zero, batch, bounds, step, resharding.universal, source,
@@ -142,20 +142,35 @@ def _check_stage_2(layout: RankLayout) -> None:
         )
 
 
-def _check_names(checkpoint: Checkpoint, zero: int, *, universal: bool) -> None:
+def _check_names(checkpoint: Checkpoint, *, universal: bool) -> None:
     """Raise Refused if a tensor that the reader needs would have no name in the target."""
     architecture = checkpoint.architecture
-    if architecture.shared and (universal or zero == 3):
-        what = "`universal=True`" if universal else "`zero=3`"
+    if architecture.shared and universal:
         raise Refused(
-            f"{what}: {shared_reason(architecture.shared)}, and such files name it once, which is "
-            "not supported. Use ZeRO stage 1, and leave `universal` out."
+            f"`universal=True`: {shared_reason(architecture.shared)}, and such files contain it "
+            "once, which is not supported. Leave the option out."
         )
     buffers = {weight.neox for weight in architecture.weights if not weight.trained}
     if universal and buffers:
         raise Refused(
             f"`universal=True`: a universal checkpoint has no buffers, but the model needs "
             f"{', '.join(sorted(buffers))}. Leave the option out."
+        )
+
+
+def _check_te(checkpoint: Checkpoint, layout: RankLayout, *, universal: bool) -> None:
+    """Raise Refused if the optimizer of a run with Transformer Engine would be another one."""
+    if not checkpoint.neox_state.te:
+        return
+    if not layout.te:
+        raise Refused(
+            f"{checkpoint.path}: the run used modules of Transformer Engine, and GPT-NeoX applies "
+            "weight decay to other parameters of them. Only runs with both te_mha and "
+            "te_layernorm_mlp can be resharded, for `era=today`. Convert only the weights."
+        )
+    if universal:
+        raise Refused(
+            "`universal=True`: not supported for modules of Transformer Engine. Leave it out."
         )
 
 
@@ -247,15 +262,3 @@ def _way_out(share: int, accumulation: int | None) -> str:
             f"{accumulation}, which needs no scaling."
         )
     return "Keep `pp=` and `dp=` as they are."
-
-
-def _stages(checkpoint: Checkpoint, layout: RankLayout, config: ModelConfig) -> list[range]:
-    """The layers of each stage; all layers in one stage if there are no stages."""
-
-    def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
-        wholes = with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors)
-        model = NeoxModel(checkpoint.architecture, config, wholes, layout)
-        parameters = rank_parameters(model, 0)
-        return ((layer, tensor.shape) for (layer, _), tensor in parameters.items())
-
-    return stages_of(checkpoint.architecture, config, checkpoint.raw, layout.stages, shapes)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.transformer_engine import te_name
 from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.planning.neox_files import RankLayout, parameter_rows
@@ -23,7 +24,8 @@ def with_target_names(
     place = {parameter: index for index, parameter in enumerate(in_module_order(stored))}
     sources: dict[Parameter, Parameter] = {}
     for row in parameter_rows(checkpoint.architecture, checkpoint.config):
-        target = row.layer, row.weight.named(layout.old_names)
+        target_name = row.weight.named(layout.old_names)
+        target = row.layer, te_name(target_name) if layout.te else target_name
         names = (row.weight.named(state.mlp_names == "dense"), row.weight.also)
         source = next((p for n in names if (p := (row.layer, n)) in optimizer.members), None)
         if source is not None:

@@ -67,8 +67,8 @@ def zero3_model_files(
     folder: str, model: NeoxModel, dp: int, metadata: Metadata
 ) -> Iterator[OutputFile]:
     """The model files, in which the parameters are empty."""
-    untrained = (weight.neox for weight in model.architecture.weights if not weight.trained)
-    buffers = (INV_FREQ, *untrained)
+    untrained = {weight.neox for weight in model.architecture.weights if not weight.trained}
+    buffers = (INV_FREQ, *(untrained - {model.architecture.shared}))
     for number, (module, tensors) in enumerate(rank_modules(model)):
         stored = [
             tensor

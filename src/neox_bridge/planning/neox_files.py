@@ -6,10 +6,11 @@ deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py,
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.architectures.pipeline_stages import stages_of, with_owners
 from neox_bridge.architectures.rows import Row, table_rows
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
@@ -221,6 +222,19 @@ def rank_parameters(model: NeoxModel, rank: int) -> dict[Parameter, OutputTensor
     """The parameters of one tensor-parallel rank."""
     groups = _grouped(parameter_rows(model.architecture, model.config), model)
     return dict(zip(groups, _tensors(groups, model, rank), strict=True))
+
+
+def stage_layers(model: NeoxModel, raw: Mapping[str, Any]) -> list[range]:
+    """The layers of each pipeline stage; all layers in one without stages. raw: the yml."""
+    # DeepSpeed counts a parameter that blocks share in each of them
+    each = [range(layer, layer + 1) for layer in range(model.config.head_layer)]
+    counted = with_owners(model.architecture, model.config.layers, each)
+
+    def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
+        parameters = rank_parameters(replace(model, architecture=counted), 0)
+        return ((layer, tensor.shape) for (layer, _), tensor in parameters.items())
+
+    return stages_of(model.architecture, model.config, raw, model.layout.stages, shapes)
 
 
 def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig, shared_reason
+from neox_bridge.architectures.pipeline_stages import owners_of, with_owners
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys, span_of
@@ -43,6 +44,7 @@ from neox_bridge.planning.neox_files import (
     MakeOptimizer,
     NeoxModel,
     RankLayout,
+    stage_layers,
     start_of_run,
     weight_files,
 )
@@ -205,7 +207,6 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
     stages = stages if name == "layers" else 1
-    _check_shared(checkpoint, stages, options)
     gqa_order = fits.gqa_order
     if state is not None and era is None:
         gqa_order = state.gqa_order
@@ -215,20 +216,17 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
     if te is None:
         te = state is not None and state.te == BOTH and era in (None, TODAY)
     layout = RankLayout(name, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te, fits.states)
+    _check_shared(checkpoint, layout)
     return layout, fits
 
 
-def _check_shared(checkpoint: Checkpoint, stages: int, options: Options) -> None:
+def _check_shared(checkpoint: Checkpoint, layout: RankLayout) -> None:
     """Raise Refused if blocks would share a parameter that has several values in the source.
 
     Each pipeline stage trains a separate parameter; see ``Architecture.shared``.
     """
     shared, state = checkpoint.architecture.shared, checkpoint.neox
-    if not shared or state is None:
-        return
-    if options.optimizer == "fresh" and stages > 1:
-        raise Refused(f"`optimizer=fresh`: {shared_reason(shared)}. Use `pp=1` or `pp=0`.")
-    if stages == max(1, state.pp):
+    if not shared or state is None or keeps_owners(checkpoint, layout):
         return
     first, *others = (
         checkpoint.tensors[row.hf] for row in checkpoint.rows if row.weight.neox == shared
@@ -238,6 +236,15 @@ def _check_shared(checkpoint: Checkpoint, stages: int, options: Options) -> None
             f"{checkpoint.path}: the {shared} of its pipeline stages differ, and "
             f"{shared_reason(shared)}. Keep its number of stages (`pp={state.pp}`)."
         )
+
+
+def keeps_owners(checkpoint: Checkpoint, layout: RankLayout) -> bool:
+    """Whether the same blocks of the target train what blocks share (``Architecture.shared``)."""
+    architecture, config = checkpoint.architecture, checkpoint.config
+    model = NeoxModel(architecture, config, checkpoint.tensors, layout)
+    stages = stage_layers(model, checkpoint.raw)
+    target = with_owners(architecture, config.layers, stages)
+    return owners_of(target) == owners_of(architecture)
 
 
 def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:

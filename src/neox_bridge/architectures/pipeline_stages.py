@@ -9,6 +9,7 @@ names also contain "transformer".
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -51,6 +52,37 @@ def stages_of(
         elements,
         tied=config.tied_embeddings,
     )
+
+
+def with_owners(architecture: Architecture, layers: int, stages: Iterable[range]) -> Architecture:
+    """The architecture in which the first block of each stage trains what its blocks share.
+
+    torch lists a shared parameter once, under its first name, so only that one has optimizer
+    states. layers: the number of blocks. stages: the layers of each stage.
+    """
+    if not architecture.shared:
+        return architecture
+    weights = list(architecture.weights)
+    rows = [weight for weight in weights if weight.neox == architecture.shared]
+    holders = sorted(
+        b for row in rows for b in (range(layers) if row.blocks is None else row.blocks)
+    )
+    firsts = (next((b for b in holders if b + 2 in stage), None) for stage in stages)
+    owners = frozenset(block for block in firsts if block is not None)
+    place = weights.index(rows[0])
+    weights = [weight for weight in weights if weight not in rows]
+    weights[place:place] = [
+        replace(rows[0], trained=trained, blocks=blocks)
+        for trained, blocks in ((True, owners), (False, frozenset(holders) - owners))
+        if blocks
+    ]
+    return replace(architecture, weights=tuple(weights))
+
+
+def owners_of(architecture: Architecture) -> frozenset[int]:
+    """The blocks that train a parameter that others share. Empty if there is none."""
+    rows = (weight for weight in architecture.weights if weight.neox == architecture.shared)
+    return frozenset(block for row in rows if row.trained for block in row.blocks or ())
 
 
 def _block_classes(architecture: Architecture, layers: int) -> list[str]:
