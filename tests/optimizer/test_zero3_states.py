@@ -1,5 +1,6 @@
 """Optimizer states of ZeRO stage 3: read, exported, and written for other stages and ranks."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,14 +198,16 @@ def test_damaged_states_are_refused(name: str, tmp_path: Path) -> None:
         read(root)
 
 
+def te_of(name: str) -> str:
+    """Transformer Engine's name. name: before 2024-09, with or without the layer."""
+    today = name.replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2")
+    layer, short = re.fullmatch(r"(sequential\.\d+\.)?(.+)", today).groups(default="")
+    return layer + te_name(short)
+
+
 def with_te(model: Model) -> Model:
     """The model under the names of Transformer Engine's modules, whose norm is in the MLP."""
-
-    def renamed(name: str) -> str:
-        today = name.replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2")
-        return te_name(today)
-
-    ranks = [{(layer, renamed(n)): held for (layer, n), held in r.items()} for r in model.ranks]
+    ranks = [{(layer, te_of(n)): held for (layer, n), held in r.items()} for r in model.ranks]
     return replace(model, ranks=ranks)
 
 
@@ -263,3 +266,20 @@ def test_parameters_that_the_model_does_not_contain_are_refused(tmp_path: Path) 
     other.write_text(yml.read_text() + "use_bias_in_mlp: false\n")
     with pytest.raises(Refused, match=r"trains layer 2: mlp\.linear1\.bias.*does not contain"):
         read(tmp_path / "zeros")
+
+
+def test_universal_states_of_transformer_engine_are_refused(tmp_path: Path) -> None:
+    run_folder = write(made_up(), Zero3(dp=2), tmp_path / "run")
+    reshard(run_folder, tmp_path / "universal", zero=1, universal=True)
+    step = tmp_path / "universal" / "global_step8_universal"
+    for folder in step.glob("zero/sequential.*"):
+        folder.rename(folder.with_name(te_of(folder.name)))
+
+    def renamed(value: dict[str, Any]) -> None:
+        value["param_shapes"] = [
+            {te_of(name): shape for name, shape in group.items()} for group in value["param_shapes"]
+        ]
+
+    edit(step / "mp_rank_00_model_states.pt", renamed)
+    with pytest.raises(Refused, match="Transformer Engine, and the states of such a universal"):
+        read(step)

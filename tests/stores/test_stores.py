@@ -1,5 +1,6 @@
 """Sources and targets in stores: a real S3 server on loopback whose answers are spoiled at will."""
 
+import errno
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -32,18 +34,22 @@ from neox_bridge.api import plan as make_plan
 from neox_bridge.cli.app import app
 from neox_bridge.doctor import fixes
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Unreachable, Unverified
+from neox_bridge.execution import transform
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.execute import execute
 from neox_bridge.execution.executors import Processes
+from neox_bridge.execution.files import Files
 from neox_bridge.execution.object_store import ObjectWriter
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.transform import load
 from neox_bridge.execution.units import Unit, make
+from neox_bridge.execution.write_tensor import fill_tensor
 from neox_bridge.formats.torch_zip import read_pt
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import objects, paths, ranges
 from neox_bridge.stores.store import PART_BYTES, part_size
+from neox_bridge.tensors.pieces import OutputTensor, cut, transposed, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.verify import checker, verify
 
@@ -615,6 +621,69 @@ def test_columns_of_an_object(tmp_path: Path) -> None:
     turned = TensorRef("memory://columns", 0, "float32", (5000, 3000), (1, 5000))
     assert np.array_equal(load(turned, (4, 5), (60, 2000), context), values.T[4:64, 5:2005])
     context.files.close()
+
+
+TURNED = np.arange(2048 * 1280, dtype=np.float32).reshape(2048, 1280)
+
+
+def transpose(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Transpose an object on two ranks, with memory for one range. Returns the bytes fetched."""
+    data, fetched = TURNED.tobytes(), Counter[str]()
+
+    def fetch(url: str, start: int, end: int) -> bytes:
+        fetched[url] += end - start
+        return data[start:end]
+
+    monkeypatch.setattr(ranges, "fetch", fetch)
+    monkeypatch.setattr(ranges, "look", lambda url: objects.FileState(len(data), ""))
+    monkeypatch.setattr(ranges, "MEMORY", ranges.RANGE)
+    turned = transposed(whole_of(TensorRef("s3://bucket/turned", 0, "float32", TURNED.shape)))
+    context = Context()
+    try:
+        for low in (0, 640):
+            pieces = cut(turned, (low, 0), (640, 2048), (0, 0))
+            out = bytearray(len(data) // 2)
+            tensor = OutputTensor("turned", "float32", (640, 2048), pieces)
+            fill_tensor(tensor, memoryview(out), context)
+            assert bytes(out) == np.ascontiguousarray(TURNED.T[low : low + 640]).tobytes()
+    finally:
+        context.files.close()
+    return fetched["s3://bucket/turned"]
+
+
+def test_a_large_transposed_object_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If its ranges do not fit into memory, it is copied to a temporary file first."""
+    assert transpose(monkeypatch) > 5 * TURNED.nbytes
+    monkeypatch.setattr(transform, "_FETCHED_BYTES", TURNED.nbytes - 1)
+    assert transpose(monkeypatch) == TURNED.nbytes
+
+
+def test_no_space_for_a_transposed_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(transform, "_FETCHED_BYTES", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(BridgeError, match=r"turned: .*10,485,760 bytes.*No space.*Set TMPDIR"):
+        transpose(monkeypatch)
+
+
+def test_temporary_copies_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are kept besides those in use."""
+    monkeypatch.setattr(ranges, "fetch", lambda _url, start, end: bytes(end - start))
+    monkeypatch.setattr(ranges, "look", lambda _url: objects.FileState(1 << 20, ""))
+    files = Files()
+    with files.copied("s3://bucket/used", 0, 4) as used:
+        fds = []
+        for start in range(5):
+            with files.copied("s3://bucket/one", start, 4) as fd:
+                fds.append(os.fstat(fd).st_ino)
+        assert os.pread(used, 9, 0) == bytes(4)
+        kept = [os.fstat(handle.fd).st_ino for handle in files._copies._copies.values()]
+    assert kept[1:] == fds[2:]
+    files.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(used)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 7])

@@ -12,6 +12,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.stores.paths import is_local, states
 
 if TYPE_CHECKING:
+    from neox_bridge.execution.temporary_copies import TemporaryCopies
     from neox_bridge.stores.ranges import Ranges, Remote
 
 LIMIT = 64  # open files that are kept; threads may open more at once
@@ -21,7 +22,7 @@ Identity = tuple[int, int | str]
 
 
 @dataclass
-class _Handle:
+class Handle:
     """An open file, in use while a ``with`` block holds it."""
 
     fd: int
@@ -40,9 +41,10 @@ class _Handle:
 class Files:
     """File descriptors by path and flags. The least recently used one is closed first."""
 
-    _open: "OrderedDict[tuple[str, int], _Handle]" = field(default_factory=OrderedDict)
+    _open: "OrderedDict[tuple[str, int], Handle]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ranges: "Ranges | None" = None
+    _copies: "TemporaryCopies | None" = None
 
     def reading(self, path: str) -> "AbstractContextManager[int | Remote]":
         """A descriptor of a source, or a ``Remote`` for a URL, for use in ``with``.
@@ -56,6 +58,18 @@ class Files:
         except OSError as error:
             raise unreadable(path, error) from None
 
+    def copied(self, url: str, start: int, size: int) -> AbstractContextManager[int]:
+        """A descriptor of a temporary file with some bytes of an object, for use in ``with``.
+
+        Raises BridgeError if it cannot be made.
+        """
+        from neox_bridge.execution.temporary_copies import TemporaryCopies
+
+        remote = self._remote(url)
+        with self._lock:
+            self._copies = self._copies or TemporaryCopies()
+        return self._copies.take(remote, start, size)
+
     def writing(self, path: str) -> AbstractContextManager[int]:
         """A descriptor of an existing output file, for use in ``with``."""
         return self._take((path, os.O_WRONLY))
@@ -64,6 +78,8 @@ class Files:
         """Close all files. Call it only when no thread is running."""
         if self._ranges is not None:
             self._ranges.close()
+        if self._copies is not None:
+            self._copies.close()
         with self._lock:
             while self._open:
                 os.close(self._open.popitem()[1].fd)
@@ -75,13 +91,13 @@ class Files:
             self._ranges = self._ranges or Ranges()
         return Remote(url, self._ranges)
 
-    def _take(self, key: tuple[str, int]) -> _Handle:
+    def _take(self, key: tuple[str, int]) -> Handle:
         with self._lock:
             handle = self._open.get(key)
             if handle is None:
                 self._make_room()
                 fd = os.open(key[0], key[1] | _CLOEXEC)
-                handle = self._open[key] = _Handle(fd, self._lock)
+                handle = self._open[key] = Handle(fd, self._lock)
             self._open.move_to_end(key)
             handle.users += 1
             return handle

@@ -6,6 +6,7 @@ shape.
 
 import mmap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -17,6 +18,7 @@ from neox_bridge.execution.buffers import room
 from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.dtypes import itemsize, to_numpy
 from neox_bridge.tensors.pieces import OutputTensor, Piece, Shape, Whole, byte_range, cut
 from neox_bridge.tensors.tensor_ref import TensorRef, halves, row_major
@@ -24,12 +26,15 @@ from neox_bridge.tensors.tensor_ref import TensorRef, halves, row_major
 if TYPE_CHECKING:
     import numpy as np
 
+    from neox_bridge.stores.ranges import Remote
+
     Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK_BYTES = 4 << 20  # read per block at most, including gaps in the source
 GAPS = 4  # a box is read as one run if that is at most this many times its bytes, otherwise mapped
 STEP_BYTES = BLOCK_BYTES // GAPS  # per write; larger blocks cost page faults (measured)
 _SPARSE, _LITTLE_BYTES = 16, 256 << 10  # for objects: gaps in a run that is read, bytes of any run
+_FETCHED_BYTES = 32 << 20  # of a transposed object; ranges.MEMORY is shared by all threads
 WIDE_BYTES = 4  # size of an element for this limit if there are intermediates of up to 8 bytes
 
 
@@ -123,7 +128,8 @@ def load(
     extent = size * (1 + sum((n - 1) * b for n, b in zip(shape, strides, strict=True)))
     steps = tuple(size * stride for stride in strides)
     data: Any
-    with context.files.reading(ref.file) as fd:
+    with _reading(ref, extent, context) as (fd, before):
+        first -= before
         most = BLOCK_BYTES if extent <= _SPARSE * size * prod(shape) else _LITTLE_BYTES
         if not isinstance(fd, int) and extent > most:
             # a box with large gaps in an object, which cannot be mapped
@@ -145,6 +151,27 @@ def load(
                 raise unreadable(ref.file, error) from None
     box: Array = np.ndarray(shape, dtype, data, at, steps)
     return box
+
+
+@contextmanager
+def _reading(ref: TensorRef, extent: int, context: Context) -> "Iterator[tuple[int | Remote, int]]":
+    """A source that is open for reading, and the offset in ``ref.file`` at which it starts.
+
+    extent: the bytes of ``ref.file`` between the first and the last byte of a box. A transposed
+    matrix of an object whose ranges do not fit into memory is copied first, because each of its
+    blocks would fetch all of it.
+    """
+    strides = ref.strides or (1,)
+    stored = itemsize(ref.dtype) * (
+        1 + sum((n - 1) * stride for n, stride in zip(ref.shape, strides, strict=False))
+    )
+    is_spread = strides[-1] != 1 and extent > BLOCK_BYTES and stored > _FETCHED_BYTES
+    if is_spread and not is_local(ref.file):
+        with context.files.copied(ref.file, ref.offset, stored) as fd:
+            yield fd, ref.offset
+    else:
+        with context.files.reading(ref.file) as source:
+            yield source, 0
 
 
 def piece_values(

@@ -33,6 +33,23 @@ def _sum(x, group, size):
     return x
 
 
+class _SumBackward(torch.autograd.Function):
+    """What a column-parallel layer does with its input: the ranks' gradients of it are summed."""
+
+    @staticmethod
+    def forward(context, x, group, size):
+        context.group, context.size = group, size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        return _sum(gradient, context.group, context.size), None, None
+
+
+def _entered(x, group, size):
+    return _SumBackward.apply(x, group, size) if size > 1 else x
+
+
 class Linear(_WithState):
     def __init__(
         self,
@@ -57,6 +74,8 @@ class Linear(_WithState):
         self.bias = nn.Parameter(torch.zeros(rows, dtype=params_dtype)) if bias else None
 
     def forward(self, x):
+        if self.mode == "column":
+            x = _entered(x, self.group, self.size)
         out = functional.linear(x, self.weight)
         if self.mode == "row":
             out = _sum(out, self.group, self.size)
@@ -173,6 +192,7 @@ class LayerNormMLP(_WithState):
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
         else:
             x = functional.layer_norm(x, shape, weight, self.layer_norm_bias, self.eps)
+        x = _entered(x, self.group, self.size)
         x = functional.linear(x, self.fc1_weight, self.fc1_bias)
         if self.activation == "swiglu":
             first, second = x.chunk(2, -1)
