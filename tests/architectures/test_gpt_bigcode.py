@@ -34,6 +34,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {**SIXTEEN, "activation_function": "gelu", "tie_word_embeddings": False},
         {"bias_gelu_fusion": False, "no_weight_tying": True},
     ),
+    ({**SIXTEEN, "multi_query": False}, {"num_kv_heads": None, "pos_emb": "learned"}),
 ]
 TOKENS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
 # config.json of bigcode/starcoder, without its sizes
@@ -93,13 +94,27 @@ def test_both_ways(
     assert {key: written.get(key) for key in original} == original
 
 
-def test_the_rows_of_c_attn_are_those_of_gpt_neox(tmp_path: Path) -> None:
-    hf = make(tmp_path / "hf")
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_the_rows_of_c_attn_are_those_of_gpt_neox(multi_query: bool, tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", multi_query=multi_query)
     convert(hf, tmp_path / "neox")
     (rank,) = neox_ranks(tmp_path / "neox")
     for leaf in ("weight", "bias"):
         stored = hf_tensors(hf)[f"transformer.h.1.attn.c_attn.{leaf}"]
         assert torch.equal(rank[f"3.attention.query_key_value.{leaf}"], stored)
+
+
+def test_with_as_many_heads_it_is_split_over_ranks(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", multi_query=False)
+    convert(hf, tmp_path / "neox", tp=2)
+    ranks = neox_ranks(tmp_path / "neox")
+    computed = reference_logits.forward(ranks, neox_config(tmp_path / "neox"), TOKENS)
+    assert float((computed[..., :300] - hf_logits(hf, TOKENS)).abs().max()) <= 1e-5
+    (step_of(tmp_path / "neox") / "neox_bridge.json").unlink()
+    convert(tmp_path / "neox", tmp_path / "back", vocab_rows=300)  # a GPT-2, which has these too
+    assert open_checkpoint(str(tmp_path / "back")).architecture.name == "gpt2"
+    apart = hf_logits(tmp_path / "back", TOKENS) - hf_logits(hf, TOKENS)
+    assert float(apart.abs().max()) <= 1e-5
 
 
 def test_without_a_record_the_yml_tells(tmp_path: Path) -> None:
@@ -115,7 +130,6 @@ def test_without_a_record_the_yml_tells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "options", "key"),
     [
-        ({"multi_query": False}, {}, "multi_query"),
         ({"scale_attn_weights": False}, {}, "scale_attn_weights"),
         ({"activation_function": "gelu_10"}, {}, "activation_function"),
         ({}, {"tp": 2}, "1 key-value heads"),

@@ -19,6 +19,7 @@ HEADS = {"n_embd": 64, "n_head": 4}
 CASES: list[dict[str, Any]] = [
     HEADS,
     {**HEADS, "activation_function": "gelu", "tie_word_embeddings": False},
+    {**HEADS, "multi_query": False},
 ]
 # what GPT-NeoX trains from
 GENUINE: list[dict[str, Any]] = [

@@ -285,6 +285,8 @@ class Architecture:
             biases, as ParallelMLP has geglu there.
         joined: The tensors of Hugging Face files that contain the rows of several weights: the
             names of these weights, in order, by the name of the tensor.
+        joined_by_heads: Whether q, k and v of as many heads each are joined head by head, and not
+            one behind the other.
         paired: The weights and biases of q and k if Hugging Face rotates neighboring pairs of a
             head's dimensions. GPT-NeoX rotates its two halves.
         hf_keys: The keys of its config.json, by their usual names, if they differ.
@@ -323,6 +325,7 @@ class Architecture:
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
     forms: tuple[Form, ...] = ()
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joined_by_heads: bool = False
     paired: frozenset[str] = frozenset()
     neox_only: bool = False
     shared: str = ""

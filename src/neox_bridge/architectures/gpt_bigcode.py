@@ -1,7 +1,8 @@
 """StarCoder and SantaCoder: ``GPTBigCodeForCausalLM``, a GPT-2 with one head of k and v.
 
 Its matrices are those of Linear, which are not transposed. ``c_attn`` has all rows of q, then those
-of k and v, as the tensor of GPT-NeoX on its one rank.
+of k and v, as the tensor of GPT-NeoX on its one rank. With ``multi_query: false`` it has the rows
+of q, k and v for each head (models/gpt_bigcode/modeling_gpt_bigcode.py), as that of GPT-NeoX.
 """
 
 from collections.abc import Mapping
@@ -23,24 +24,12 @@ def _heads(raw: Mapping[str, Any]) -> tuple[int, int]:
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
         **gpt2.write(config),
-        "multi_query": True,
-        "num_key_value_heads": 1,
+        "multi_query": config.key_value_heads == 1,
+        "num_key_value_heads": config.key_value_heads,
         "attention_softmax_in_fp32": True,
         "scale_attention_softmax_in_fp32": True,
         "add_cross_attention": False,
     }
-
-
-def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
-    checks = (
-        (
-            "multi_query",
-            raw.get("multi_query") is False,
-            f"{_NAME} is converted with one head of k and v only, but this model has as many as "
-            "of q",
-        ),
-    )
-    return gpt2.refuse(raw) + refusals(checks)
 
 
 _FAMILY = architecture(
@@ -50,8 +39,8 @@ _FAMILY = architecture(
         about=About(
             "StarCoder, SantaCoder",
             "random, GPT-NeoX",
-            "one tensor-parallel rank only, because it has one head of k and v; multi_query: "
-            "false is refused",
+            "one tensor-parallel rank only, because it has one head of k and v, except with "
+            "multi_query: false",
         ),
         prefix="transformer.",
         weights=tuple(replace(row, transposed=False) for row in gpt2.ARCHITECTURE.weights),
@@ -63,7 +52,7 @@ _FAMILY = architecture(
         joined=gpt2.ARCHITECTURE.joined,
         hf_heads=_heads,
         write=_write,
-        refuse=_refuse,
+        refuse=gpt2.refuse,
         find=gpt2.find,
     )
 )
@@ -78,8 +67,17 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     reasons = [r for r in _FAMILY.refuse_neox_source(raw) if r.key != "num_kv_heads"]
     heads = raw.get("num_kv_heads") or raw.get("num_attention_heads")
-    reason = f"{_NAME} in transformers has one head of k and v, but this model has {heads}"
-    return reasons + refusals([("num_kv_heads", heads != 1, reason)], neox_only=True)
+    is_other = heads not in (1, raw.get("num_attention_heads"))
+    reason = (
+        f"{_NAME} in transformers has one head of k and v, or as many as of q, but this model has "
+        f"{heads}"
+    )
+    return reasons + refusals([("num_kv_heads", is_other, reason)], neox_only=True)
 
 
-ARCHITECTURE = replace(_FAMILY, read_hf=_read_hf, refuse_neox_source=_refuse_neox_source)
+ARCHITECTURE = replace(
+    _FAMILY,
+    read_hf=_read_hf,
+    refuse_neox_source=_refuse_neox_source,
+    joined_by_heads=True,
+)

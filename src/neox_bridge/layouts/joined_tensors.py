@@ -13,7 +13,7 @@ from operator import mul
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.fused import Fusion, Part
+from neox_bridge.tensors.fused import Fusion, Part, RowSpan
 from neox_bridge.tensors.pieces import Piece, Whole, cut, transposed
 from neox_bridge.tensors.tensor_ref import TensorRef, row_major
 
@@ -57,10 +57,13 @@ def split_joined(
             )
         first = 0
         for part, count in zip(parts, counts, strict=True):
-            shape, zeros = (count, *rest), (0,) * len(rest)
-            weights[part] = Whole(
-                whole.dtype, shape, cut(whole, (first, *zeros), shape, (0, *zeros))
+            zeros = (0,) * len(rest)
+            pieces = tuple(
+                piece
+                for run in _runs(architecture, fusion, parts[part], first, count)
+                for piece in cut(whole, (run.fused, *zeros), (run.rows, *rest), (run.part, *zeros))
             )
+            weights[part] = Whole(whole.dtype, (count, *rest), pieces)
             first += count
     return weights
 
@@ -89,6 +92,7 @@ def to_stored(
 ) -> dict[str, Whole]:
     """The tensors of Hugging Face files, from the weights of a model."""
     weights = _reordered(architecture, config, weights, to_pairs=True)
+    fusion = Fusion(config.heads, config.key_value_heads, "grouped")
     stored: dict[str, Whole] = {}
     flipped, first_rows = _transposed(architecture), _first_rows(architecture)
     if not flipped and not first_rows and not architecture.joined:
@@ -98,7 +102,10 @@ def to_stored(
         if joined == name:
             stored[name] = _starting_at(-first_rows.get(name, 0), whole)
         elif joined not in stored:
-            stored[joined] = _joined([weights[part] for part in _parts(architecture, joined)])
+            parts = _parts(architecture, joined)
+            stored[joined] = _joined(
+                architecture, fusion, [(kind, weights[part]) for part, kind in parts.items()]
+            )
     return {
         name: transposed(whole) if _pattern(name)[0] in flipped else whole
         for name, whole in stored.items()
@@ -209,13 +216,26 @@ def _every_second_row(head: Piece, odd: int, first: int, rotated: int) -> Piece:
     return Piece(view, zeros, to, view.shape, head.fill, head.scale)
 
 
-def _joined(parts: Sequence[Whole]) -> Whole:
+def _runs(
+    architecture: Architecture, fusion: Fusion, part: Part, first: int, rows: int
+) -> tuple[RowSpan, ...]:
+    """Where the rows of a part are in a joined tensor. first: the rows of the parts before it."""
+    if architecture.joined_by_heads:
+        return fusion.runs(part, rows, 1)
+    return (RowSpan(first, 0, rows),)
+
+
+def _joined(
+    architecture: Architecture, fusion: Fusion, parts: Sequence[tuple[Part, Whole]]
+) -> Whole:
     """The rows of several tensors as one tensor, of the widest of their dtypes."""
-    first, rest = 0, parts[0].shape[1:]
+    first, rest = 0, parts[0][1].shape[1:]
     zeros = (0,) * len(rest)
     pieces: list[Piece] = []
-    for part in parts:
-        pieces += cut(part, (0, *zeros), part.shape, (first, *zeros))
-        first += part.shape[0]
-    dtype = max((part.dtype for part in parts), key=itemsize)
+    for kind, part in parts:
+        rows = part.shape[0]
+        for run in _runs(architecture, fusion, kind, first, rows):
+            pieces += cut(part, (run.part, *zeros), (run.rows, *rest), (run.fused, *zeros))
+        first += rows
+    dtype = max((part.dtype for _, part in parts), key=itemsize)
     return Whole(dtype, (first, *rest), tuple(pieces))
