@@ -87,7 +87,9 @@ def test_both_ways(family: str, config: dict[str, Any], tp: int, tmp_path: Path)
             plan_of(hf, tmp_path / "neox", tp=tp)
         return
     plan = convert(hf, tmp_path / "neox", tp=tp)
-    assert plan.findings == ()
+    # OPT has a dropout of 0.1, and none of the embeddings
+    codes = ["embedding-dropout"] if family == "opt" else []
+    assert [finding.code for finding in plan.findings] == codes
     yml = neox_config(tmp_path / "neox")
     assert yml["train_impl"] == "rm"
     assert yml["no_weight_tying"] is True

@@ -88,7 +88,9 @@ def test_both_ways(
         return
     layout = {"layout": "ranks"} if tp == 2 else {"pp": 2}
     plan = convert(hf, tmp_path / "neox", tp=tp, era=era_named(era), **layout)
-    assert plan.findings == ()
+    # OPT has 0.1, and no dropout of the embeddings
+    codes = ["embedding-dropout"] if family == "opt" else []
+    assert [finding.code for finding in plan.findings] == codes
     yml = neox_config(tmp_path / "neox")
     assert {key: yml.get(key) for key in meaning} == meaning
     assert "rotary_save_freqs_buffer" not in yml
@@ -244,6 +246,48 @@ def test_a_tensor_that_its_parts_cannot_share(tmp_path: Path) -> None:
     stored(hf, tensors)
     with pytest.raises(BridgeError, match=r"missing: transformer\.h\.0\.attn\.c_attn\.weight"):
         open_checkpoint(str(hf))
+
+
+def test_biases_that_a_config_denies_are_refused_by_its_key(tmp_path: Path) -> None:
+    """Also if the files do not contain them."""
+    hf = make_hf(tmp_path / "hf", family="opt", enable_bias=False)
+    with pytest.raises(Refused, match=r"enable_bias: the plain MLP of GPT-NeoX needs biases"):
+        open_checkpoint(str(hf))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "key", "written"),
+    [
+        ("opt", {"dropout": 0.25}, "config.json sets dropout: 0.25. opt", 0.25),
+        ("opt", {"layerdrop": 0.5, "dropout": 0.0}, "sets layerdrop: 0.5", 0.0),
+        ("phi3", {"resid_pdrop": 0.25}, "config.json sets resid_pdrop: 0.25. phi3", 0.25),
+        ("stablelm", {"hidden_dropout": 0.25}, "config.json sets hidden_dropout: 0.25", 0.0),
+    ],
+)
+def test_a_dropout_that_gpt_neox_applies_elsewhere_is_told(
+    family: str, config: dict[str, Any], key: str, written: float, tmp_path: Path
+) -> None:
+    hf = make_hf(tmp_path / "hf", family=family, **config)
+    (finding,) = convert(hf, tmp_path / "neox").findings
+    assert finding.severity == "warning"
+    assert key in finding.message
+    assert neox_config(tmp_path / "neox").get("hidden_dropout", 0.0) == written
+
+
+def test_a_default_dropout_is_told(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="opt")
+    raw = json.loads((hf / "config.json").read_text())
+    del raw["dropout"]
+    (hf / "config.json").write_text(json.dumps(raw))
+    (finding,) = plan_of(hf, tmp_path / "neox").findings
+    assert "config.json does not set dropout, which is 0.1 by default" in finding.message
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_settings_of_a_quantization_are_refused(key: str, tmp_path: Path) -> None:
+    hf = edited(make_hf(tmp_path / "hf", family="gpt2"), **{key: {"quant_method": "x", "bits": 4}})
+    with pytest.raises(Refused, match=f"{key}: GPT-NeoX does not support quantized weights"):
+        plan_of(hf, tmp_path / "neox")
 
 
 def test_another_dropout_of_the_embeddings_is_told(tmp_path: Path) -> None:

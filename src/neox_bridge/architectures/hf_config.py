@@ -6,7 +6,7 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Refusal
 from neox_bridge.architectures.heads import SCORE
-from neox_bridge.architectures.neox_config import Keys
+from neox_bridge.architectures.neox_config import Keys, number
 from neox_bridge.findings import Finding
 
 # the dimensions that config.json states, by their usual keys
@@ -66,11 +66,14 @@ def refuse_hf_common(
             f"GPT-NeoX accepts only whole numbers, but this is {base}",
             "if that is close enough for you, round it in config.json",
         ),
-        (
-            bool(raw.get("quantization_config")),
-            "quantization_config",
-            "GPT-NeoX does not support quantized weights",
-            "convert the original, unquantized model",
+        *(
+            (
+                bool(raw.get(key)),
+                key,
+                "GPT-NeoX does not support quantized weights",
+                "convert the original, unquantized model",
+            )
+            for key in ("quantization_config", "compression_config")
         ),
     )
     return [Refusal(key, why, way_out) for applies, key, why, way_out in checks if applies]
@@ -115,6 +118,31 @@ def hf_settings(
         "torch_dtype": config.dtype,
         "dtype": config.dtype,
     }
+
+
+def embedding_dropout(
+    raw: Mapping[str, Any], name: str, key: str, default: float = 0.0
+) -> list[Finding]:
+    """The finding for a dropout that the class of transformers does not apply to the embeddings.
+
+    GPT-NeoX uses hidden_dropout for them too (megatron/model/word_embeddings.py). name: the family.
+    default: of ``key``.
+    """
+    value = number(key, default if raw.get(key) is None else raw[key], float)
+    if not value:
+        return []
+    says = f"config.json sets {key}: {value:g}"
+    if key not in raw:
+        says = f"config.json does not set {key}, which is {value:g} by default"
+    return [
+        Finding(
+            "embedding-dropout",
+            "warning",
+            f"{says}. {name} in transformers does not apply it to the embeddings, but GPT-NeoX "
+            f"does. The yml sets hidden_dropout: {value:g}",
+            "if you train the model further with another dropout, change hidden_dropout",
+        )
+    ]
 
 
 def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]) -> list[Finding]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from neox_bridge.architectures.base import About, ModelConfig, Refusal, Weight, refusals
 from neox_bridge.architectures.heads import REWARD
+from neox_bridge.architectures.hf_config import embedding_dropout
 from neox_bridge.architectures.learned_positions import (
     Family,
     architecture,
@@ -19,6 +20,7 @@ from neox_bridge.architectures.learned_positions import (
     positions,
 )
 from neox_bridge.architectures.neox_config import Keys, number
+from neox_bridge.findings import Finding
 
 _PADDING_ROWS = 2
 _DECODER = "model.decoder."
@@ -94,6 +96,21 @@ def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
     return refusals(checks)
 
 
+def _find(raw: Mapping[str, Any]) -> list[Finding]:
+    """Where GPT-NeoX trains with another dropout."""
+    findings = embedding_dropout(raw, "opt", "dropout", 0.1)
+    if raw.get("layerdrop"):
+        findings.append(
+            Finding(
+                "layerdrop-lost",
+                "warning",
+                f"config.json sets layerdrop: {raw['layerdrop']}. transformers skips layers at "
+                "random in training, but GPT-NeoX does not",
+            )
+        )
+    return findings
+
+
 def _refuse_neox(raw: Mapping[str, Any]) -> list[Refusal]:
     epsilon = number("layernorm_epsilon", raw.get("layernorm_epsilon", 1e-5), float)
     rows = number("max_position_embeddings", raw.get("max_position_embeddings") or 0, int)
@@ -134,5 +151,6 @@ ARCHITECTURE = architecture(
         write=_write,
         refuse=_refuse,
         refuse_neox=_refuse_neox,
+        find=_find,
     )
 )

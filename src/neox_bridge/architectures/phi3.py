@@ -4,7 +4,10 @@ One matrix is q, k and v, and another gate and up. It can have a sliding window,
 and rotate a part of each head, as in ``stablelm``.
 """
 
+from dataclasses import replace
+
 from neox_bridge.architectures.base import About, ModelConfig
+from neox_bridge.architectures.hf_config import embedding_dropout
 from neox_bridge.architectures.llama_like import Family, architecture
 from neox_bridge.architectures.llama_weights import GATE_UP, LAYER
 
@@ -21,7 +24,7 @@ def _write(config: ModelConfig) -> dict[str, object]:
     }
 
 
-ARCHITECTURE = architecture(
+_FAMILY = architecture(
     Family(
         "phi3",
         "Phi3ForCausalLM",
@@ -44,4 +47,7 @@ ARCHITECTURE = architecture(
         },
         write=_write,
     )
+)
+ARCHITECTURE = replace(
+    _FAMILY, findings_to_neox=lambda raw, _config: embedding_dropout(raw, "phi3", "resid_pdrop")
 )

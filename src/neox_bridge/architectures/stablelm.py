@@ -4,10 +4,13 @@ Its attention biases are those of q, k and v, as in ``qwen2``.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from neox_bridge.architectures.base import About, Refusal, refusals
+from neox_bridge.architectures.base import About, ModelConfig, Refusal, refusals
 from neox_bridge.architectures.llama_like import Family, architecture
+from neox_bridge.architectures.neox_config import number
+from neox_bridge.findings import Finding
 
 
 def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
@@ -27,7 +30,24 @@ def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
     return refusals(checks)
 
 
-ARCHITECTURE = architecture(
+def _find(raw: Mapping[str, Any], _config: ModelConfig) -> list[Finding]:
+    """Its dropout is only that of the MLP (models/stablelm/modeling_stablelm.py)."""
+    value = number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float)
+    if not value:
+        return []
+    return [
+        Finding(
+            "mlp-dropout",
+            "warning",
+            f"config.json sets hidden_dropout: {value:g}. stablelm in transformers applies it "
+            "after the MLP only, but GPT-NeoX would apply it to the embeddings and after the "
+            "attention too. The yml does not take it over",
+            "if you train the model further with dropout, change hidden_dropout",
+        )
+    ]
+
+
+_FAMILY = architecture(
     Family(
         "stablelm",
         "StableLmForCausalLM",
@@ -53,3 +73,4 @@ ARCHITECTURE = architecture(
         refuse=_refuse,
     )
 )
+ARCHITECTURE = replace(_FAMILY, findings_to_neox=_find)

@@ -156,7 +156,7 @@ def checkpoint_of(
         config = architecture.read_hf(raw, dims, presence)
     except BridgeError as error:  # the error names the key, but not the folder
         raise type(error)(f"{path}: {error}") from None
-    _check_names(architecture, config, tensors, path)
+    _check_names(architecture, config, tensors, path, raw)
     heads_key = architecture.hf_keys.get("num_attention_heads", "num_attention_heads")
     check_heads(config, dims, f"config.json: {heads_key}")
     rows_of_q = dims.get("q", config.hidden)
@@ -513,10 +513,15 @@ def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> s
 
 
 def _check_names(
-    architecture: Architecture, config: ModelConfig, named: Collection[str], path: str
+    architecture: Architecture,
+    config: ModelConfig,
+    named: Collection[str],
+    path: str,
+    raw: Mapping[str, Any],
 ) -> None:
     want = {row.hf for row in model_rows(architecture, config)}
     if missing := sorted(want - set(named)):
+        refuse_all(architecture.refuse_hf_source(raw), path)
         raise _missing(architecture, path, missing)
     if extra := sorted(set(named) - want):
         raise BridgeError(
