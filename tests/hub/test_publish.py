@@ -604,6 +604,14 @@ def test_missing_write_access_is_an_error(
     assert set(hub.repos) == {"other/model"}
 
 
+def test_write_access_cannot_be_checked_without_huggingface_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(BridgeError, match=r"huggingface_hub is missing. Install it: "):
+        check_writable(REPO)
+
+
 def test_an_outage_is_no_missing_access(hub: Stub) -> None:
     hub.make(REPO)
     hub.fail("POST preupload", 503, times=100)

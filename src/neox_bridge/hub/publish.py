@@ -176,9 +176,9 @@ def check_writable(repo: str) -> None:
         BridgeError: The Hub refuses the token.
         ConnectionError: The Hub cannot be reached or fails, so that nothing is known.
     """
+    api = hub_api(f"hf://{repo} is on the Hub")
     from huggingface_hub import CommitOperationAdd
 
-    api = hub_api(f"hf://{repo} is on the Hub")
     try:
         check_writer(repo)
         with explained(repo):
