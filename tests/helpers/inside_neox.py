@@ -24,6 +24,12 @@ def yml_of(hf: Path, tree: str, tp: int, pp: int, folder: Path, **changed: Any) 
     return path
 
 
+def run(python: str, tree: str, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[Any]:
+    results = real_neox.results(python, real_neox.ALL_TREES[tree], ranks, jobs, folder)
+    assert [result["error"] for result in results] == [None] * len(jobs)
+    return results
+
+
 def exporting(hf: Path, tree: str, layout: tuple[int, int], folder: Path) -> dict[str, Any]:
     """A job of 20 steps that saves and exports every 5."""
     yml = yml_of(hf, tree, *layout, folder / "neox", train_iters=100, lr_decay_iters=100)

@@ -7,6 +7,8 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     tokens: a file with the tokens to compute them for, or left out
     optimizer: the start of the names of files for what the optimizer holds after loading, one for
         each model-parallel rank, or left out
+    reference: a file for the logits of the reference model too, which are computed when both are
+        loaded, or left out
     training: whether they are computed in training mode, as a Mamba's must; left out: not
     steps: steps to train before, with random tokens, or 0
     set: keys to change in them, or left out
@@ -33,69 +35,18 @@ import sys
 import traceback
 import types
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 TREE, JOBS = sys.argv[1:3]
-sys.path.insert(0, TREE)
+sys.path[:0] = [TREE, os.path.dirname(os.path.abspath(__file__))]
 
+import cpu_only  # noqa: F401  (before GPT-NeoX)
 import numpy as np
 import torch
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 LOCAL = int(os.environ.get("LOCAL_RANK", RANK))
-torch.set_num_threads(1)
-
-
-def nothing():
-    """A new function each time: torch's compiler wants them told apart."""
-    return lambda *_args, **_kwargs: None
-
-
-def without_cuda() -> None:
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-    torch.cuda.LongTensor = lambda values: torch.tensor(values, dtype=torch.long)
-    for name in ("set_rng_state", "manual_seed", "synchronize"):
-        setattr(torch.cuda, name, nothing())
-    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = nothing(), nothing()
-    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
-    torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
-
-
-class Adam(torch.optim.AdamW):
-    """Stands for apex's and DeepSpeed's fused Adam, whose other options don't matter here."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_rest):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-
-    def refresh_fp32_params(self):
-        pass
-
-
-def without_apex() -> None:
-    names = ("apex", "apex.optimizers", "apex.normalization", "apex.normalization.fused_layer_norm")
-    apex, optimizers, normalization, fused = (types.ModuleType(name) for name in names)
-    apex.optimizers, optimizers.FusedAdam = optimizers, Adam
-    fused.FusedLayerNormAffineFunction = types.SimpleNamespace(
-        apply=lambda x, w, b, shape, eps, *_rest: torch.nn.functional.layer_norm(
-            x, tuple(shape), w, b, eps
-        )
-    )
-    for name, module in zip(names, (apex, optimizers, normalization, fused), strict=True):
-        sys.modules.setdefault(name, module)
-
-
-without_cuda()
 import deepspeed
-import deepspeed.ops.adam
-import deepspeed.runtime.engine as engine
 import yaml
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-
-deepspeed.ops.adam.FusedAdam = Adam
-engine.is_zero_supported_optimizer = lambda _optimizer: True
-type(get_accelerator()).is_fp16_supported = lambda _self: True
-without_apex()  # after transformers has looked for the real one
 from megatron import initialize, mpu, training
 
 for extension in os.environ.get("RUN_CPU_IMPORTS", "").split():
@@ -136,7 +87,9 @@ def run(job) -> list[float]:
     mpu.model_parallel_cuda_manual_seed(1)
     args.iteration = 0
     with freezing(job.get("freeze")):
-        model = setup_model_and_optimizer(args, use_cache=False)[0]
+        model, _, _, *reference = setup_model_and_optimizer(args, use_cache=False)
+    if job.get("reference"):
+        save_logits(args, reference[0], stages, job["reference"], False)
     if job.get("averages"):
         model._backward_prologue = types.MethodType(
             averaging(type(model)._backward_prologue), model

@@ -1,12 +1,9 @@
 """Runs of the real GPT-NeoX that start from Hugging Face models and export their steps."""
 
-import base64
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +16,9 @@ import real_neox
 import torch
 import yaml
 from checkpoint_edits import tokenizer
-from common import TESTS, convert, make_hf
+from common import convert, make_hf
 from disks import PAGE_BYTES, disk, enlarge, fill, slowed, small_disk
-from inside_neox import check_exports, exporting, wait_for, yml_of
+from inside_neox import check_exports, exporting, run, wait_for, yml_of
 from real_training import PRECISION
 
 from neox_bridge import verify
@@ -41,12 +38,6 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     hf = make_hf(tmp_path / "hf", torch.float32, family=request.param, **epsilon)
     tokenizer(hf / "tokenizer.json")
     return hf
-
-
-def run(python: str, tree: str, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[Any]:
-    results = real_neox.results(python, real_neox.ALL_TREES[tree], ranks, jobs, folder)
-    assert [result["error"] for result in results] == [None] * len(jobs)
-    return results
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)
@@ -286,49 +277,3 @@ def test_a_run_is_faster_than_the_disk_of_its_exports(
         for step in (5, 10, 15):
             assert f"step {step} was removed before it was exported" in log
         check_exports(tmp_path, (20,))
-
-
-LAUNCH = """\
-import json, runpy, sys
-import deepspeed.launcher.runner as runner
-runner.main = lambda words: print("WORDS " + json.dumps(words))
-sys.argv = ["deepy.py", "train.py", sys.argv[1]]
-sys.path.insert(0, {tree!r})
-runpy.run_path({tree!r} + "/deepy.py", run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("tree", TREES)
-def test_the_launcher_passes_the_keys_on(
-    tree: str, neox_python: str, inside: None, tmp_path: Path
-) -> None:
-    """Of a tree that ``neox-bridge patch --train`` patched."""
-    copy = tmp_path / "tree"
-    real = real_neox.tree_of(tree)
-    copy.mkdir()
-    (copy / "megatron").symlink_to(real / "megatron")
-    for name in ("train.py", "deepy.py", "eval.py", "generate.py"):
-        shutil.copy(real / name, copy)
-    command = [sys.executable, "-m", "neox_bridge", "patch", str(copy), "--train"]
-    source = {**os.environ, "PYTHONPATH": str(TESTS.parent / "src")}
-    subprocess.run(command, check=True, env=source)
-    keys = {"save_hf": "exported", "save_hf_keep": 2, "save": "run", "push_to_hub": "org/model"}
-    hf = make_hf(tmp_path / "hf", torch.float32)
-    tokenizer(hf / "tokenizer.json")
-    yml = yml_of(hf, tree, 1, 0, tmp_path / "neox", global_num_gpus=1, **keys)
-    launch = [neox_python, "-c", LAUNCH.format(tree=str(copy)), str(yml)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=copy)
-    (line,) = [w for w in done.stdout.splitlines() if w.startswith("WORDS ")] or [done.stderr]
-    words = json.loads(line.removeprefix("WORDS "))
-    config = words[words.index("--megatron_config") + 1]
-    passed = json.loads(base64.urlsafe_b64decode(config))
-    assert {name: passed[name] for name in keys} == keys
-    # without neox-bridge, both scripts say what to install
-    hidden = {**environment, "PYTHONPATH": ""}
-    for name in ("train.py", "deepy.py"):
-        done = subprocess.run(
-            [neox_python, str(copy / name)], capture_output=True, text=True, env=hidden
-        )
-        assert done.returncode == 1
-        assert "pip install ./neox-bridge" in done.stderr

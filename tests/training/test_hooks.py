@@ -16,6 +16,7 @@ from megatron_stand_in import Engine, Megatron
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.training import hooks, loading
+from neox_bridge.training.exports import Exports
 from neox_bridge.training.hooks import install
 
 
@@ -259,3 +260,28 @@ def test_outside_of_gpt_neox_the_import_says_where_it_belongs() -> None:
     assert "Import it in train.py and deepy.py of a GPT-NeoX tree" in done.stderr
     with pytest.raises(ImportError, match=r"neox_bridge\.neox works inside GPT-NeoX"):
         install()
+
+
+def test_a_training_that_exit_interval_ends_waits_for_its_exports(
+    megatron: Megatron, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-NeoX then calls sys.exit (megatron/training.py, ``train``)."""
+
+    class Exporter:
+        exports = Exports(str(tmp_path / "save"), str(tmp_path / "exported"))
+        is_finished = False
+
+        def finish(self) -> None:
+            self.is_finished = True
+
+    exporter = Exporter()
+    monkeypatch.setattr(hooks, "_exporters", [exporter])
+
+    def pretrain() -> None:
+        raise SystemExit
+
+    megatron.training.pretrain = pretrain
+    install()
+    with pytest.raises(SystemExit):
+        megatron.training.pretrain()
+    assert exporter.is_finished

@@ -215,6 +215,8 @@ def test_what_the_model_does_not_fix_may_differ(hf: Path, tree: str) -> None:
     [
         ({"padded_vocab_size": 8}, r"has 16 rows.* make 8\."),
         ({"zero_optimization": {"stage": 3}}, "Use stage 0, 1 or 2"),
+        ({"soft_prompt_tuning": {"enabled": True}}, "adds a layer that .* does not have"),
+        ({"no_load_optim": True, "do_train": True}, "its weights would not change"),
         ({"train_impl": "rm"}, "is a language model, but the yml says train_impl: rm"),
     ],
 )
@@ -311,6 +313,18 @@ def test_what_gpt_neox_computes_otherwise_is_a_warning(
     monkeypatch.setattr(loading, "plan_for", lambda *_args: plan)
     loaded = load_into(open_checkpoint(str(hf)), run_of(hf, tree), [], 0)
     assert loaded.warnings == ("another formula",)
+
+
+def test_rows_that_only_gpt_neox_has_are_a_warning(hf: Path, tree: str, tmp_path: Path) -> None:
+    neox = tiny.convert(hf, tmp_path / "neox", vocab_multiple=64, tp=1, pp=0, layout="ranks")
+    parts, _ = parts_of(neox, 0, torch.float32)
+    run = run_of(hf, tree, padded_vocab_size=64)
+    (warning,) = load_into(open_checkpoint(str(hf)), run, parts, 0).warnings
+    assert "make 64 rows of the embedding, but the model has 16." in warning
+    assert warning.endswith("set make_vocab_size_divisible_by: 16")
+    embedding = parts[0].parameters["sequential.0.word_embeddings.weight"]
+    assert embedding[:16].any(1).all()
+    assert not embedding[16:].any()
 
 
 def test_other_names_and_shapes_are_refused(hf: Path, tree: str) -> None:

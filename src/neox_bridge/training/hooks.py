@@ -218,11 +218,19 @@ def _save_checkpoint(
 
 def _pretrain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``pretrain``. Rank 0 waits for the last exports, which the end of a job would kill."""
-    result = original(*args, **kwargs)
+    try:
+        result = original(*args, **kwargs)
+    except SystemExit:  # exit_interval
+        _finish_exports()
+        raise
+    _finish_exports()
+    return result
+
+
+def _finish_exports() -> None:
     for exporter in _exporters:
         say(f"waiting until {exporter.exports.target} contains the last steps")
         exporter.finish()
-    return result
 
 
 def _exporter_of(exports: Exports, neox_args: Any) -> ExporterProcess | None:

@@ -7,7 +7,7 @@ from the source's files into the parameters. No checkpoint is written.
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -198,9 +198,9 @@ def plan_for(checkpoint: Checkpoint, run: Run) -> Plan:
     if needed > rows:
         raise Refused(
             f"The embedding of {checkpoint.path} has {needed:,} rows, but the tokenizer and "
-            f"make_vocab_size_divisible_by of the yml make {rows:,}. Use the tokenizer "
-            f"of the model (vocab_file, with tokenizer_type: HFTokenizer), or a larger "
-            f"make_vocab_size_divisible_by."
+            f"make_vocab_size_divisible_by of the yml make {rows:,}. Use the tokenizer of the "
+            "model (vocab_file, with tokenizer_type: HFTokenizer), and "
+            f"{_vocabulary_key(needed, ranks)}."
         )
     options = Options(
         to="neox",
@@ -215,6 +215,11 @@ def plan_for(checkpoint: Checkpoint, run: Run) -> Plan:
     return conversion
 
 
+def _vocabulary_key(rows: int, ranks: int) -> str:
+    """The setting with which GPT-NeoX makes these rows, of which the tokenizer uses no more."""
+    return f"make_vocab_size_divisible_by: {ceil(rows / ranks)}"
+
+
 def _check_training(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     """Raise Refused for kinds of training that cannot start from this model."""
     zero = settings.get("zero_optimization") or {}
@@ -222,6 +227,18 @@ def _check_training(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None
         raise Refused(
             "zero_optimization: stage 3 splits every parameter among the ranks, so a run cannot "
             "start from a Hugging Face model with it. Use stage 0, 1 or 2."
+        )
+    soft_prompt = settings.get("soft_prompt_tuning") or {}
+    if isinstance(soft_prompt, Mapping) and soft_prompt.get("enabled"):
+        raise Refused(
+            f"soft_prompt_tuning adds a layer that {checkpoint.path} does not have, and GPT-NeoX "
+            "loads no model without it. Remove soft_prompt_tuning from the yml."
+        )
+    if settings.get("no_load_optim") and settings.get("do_train"):
+        raise Refused(
+            "no_load_optim: true makes GPT-NeoX train without an optimizer for the model, so its "
+            "weights would not change. Remove it: a run that starts from a Hugging Face model "
+            "loads no optimizer."
         )
     wants_reward = settings.get("train_impl") == "rm"
     if wants_reward != bool(checkpoint.config.reward):
@@ -438,7 +455,16 @@ def load_into(checkpoint: Checkpoint, run: Run, parts: "Iterable[Part]", rank: i
                 filled += tensors[key].nbytes
     finally:
         context.files.close()
-    warnings = (f.message for f in conversion.findings if f.severity == "warning")
+    warnings = [f.message for f in conversion.findings if f.severity == "warning"]
+    needed, rows = checkpoint.vocab_rows, int(run.settings["padded_vocab_size"])
+    ranks = int(run.settings.get("model_parallel_size") or 1)
+    if ceil(needed / ranks) * ranks < rows:
+        warnings.append(
+            f"the tokenizer and make_vocab_size_divisible_by of the yml make {rows:,} rows of the "
+            f"embedding, but the model has {needed:,}. The others start as zeros. GPT-NeoX counts "
+            "them in its loss, and exported models contain them. For the rows of the model, set "
+            f"{_vocabulary_key(needed, ranks)}"
+        )
     return Loaded(filled, tuple(warnings))
 
 
