@@ -13,7 +13,7 @@ from inside_neox import run, wait_for, yml_of
 from scorers import make_scorer, scores
 
 from neox_bridge import verify
-from neox_bridge.training.exporter import JOURNAL
+from neox_bridge.training.exports import JOURNAL
 
 pytestmark = pytest.mark.neox
 
