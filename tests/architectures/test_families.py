@@ -131,6 +131,7 @@ def test_both_ways(family: str, config: dict[str, Any], tp: int, era: str, tmp_p
     plan = convert(hf, tmp_path / "neox", tp=tp, era=era_named(era), **layout)
     layernorm = family in ("stablelm", "starcoder2")
     expected = [] if era == "today" or layernorm else ["rms-epsilon"]
+    expected += ["embedding-dropout"] if config.get("resid_pdrop") else []
     assert [f.code for f in plan.findings] == expected
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     order = "grouped" if era == "today" else "interleaved"
