@@ -196,6 +196,9 @@ def exporters(target: Path) -> list[int]:
 # disks that are really full or slow; with root
 
 
+STEPS = (30, 60, 90, 120)  # so far apart that exports take place in between
+
+
 def steps_of(folder: Path) -> list[Path]:
     """The files of the steps that GPT-NeoX saved."""
     return sorted(path.relative_to(folder) for path in folder.glob("global_step*/**/*"))
@@ -211,7 +214,7 @@ def alone(neox_python: str, inside: None, tmp_path: Path) -> tuple[dict[str, Any
     """A job that exports, and the losses of a run of it that does not."""
     hf = make_hf(tmp_path / "hf", torch.float32)
     tokenizer(hf / "tokenizer.json")
-    job = exporting(hf, "today", (1, 0), tmp_path)
+    job = exporting(hf, "today", (1, 0), tmp_path) | {"losses": 120, "save_every": 30}
     plain = {**job, "set": {"save": str(tmp_path / "plain")}, "save": str(tmp_path / "plain")}
     (result,) = run(neox_python, "today", 1, [plain], tmp_path)
     return job, result["losses"]
@@ -224,16 +227,16 @@ def test_a_run_goes_on_while_the_disk_of_the_exports_is_full(
     with small_disk(tmp_path / "exported", 4 << 20) as disk, ThreadPoolExecutor(1) as pool:
         filler = fill(disk, left=3 * PAGE_BYTES)  # of which the log takes some
         running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
-        wait_for(tmp_path / "run" / "latest", "global_step20")
-        wait_for(disk / LOG, "step 20 failed")
+        wait_for(tmp_path / "run" / "latest", "global_step120")
+        wait_for(disk / LOG, "step 120 failed")
         exported = list(disk.glob("step*"))
         filler.unlink()
         (result,) = running.result()
         assert exported == []
         assert result["losses"] == losses
         assert steps_of(tmp_path / "run") == steps_of(tmp_path / "plain")
-        assert "step 20 failed: No space left" in (disk / LOG).read_text()
-        check_exports(tmp_path, (5, 10, 15, 20))
+        assert "step 120 failed: No space left" in (disk / LOG).read_text()
+        check_exports(tmp_path, STEPS)
 
 
 def test_exports_leave_a_shared_disk_to_the_checkpoints(
@@ -241,19 +244,19 @@ def test_exports_leave_a_shared_disk_to_the_checkpoints(
 ) -> None:
     """The checkpoints and two of four exports would fit."""
     job, losses = alone
-    convert(tmp_path / "plain" / "global_step5", tmp_path / "export", to="hf")
+    convert(tmp_path / "plain" / "global_step30", tmp_path / "export", to="hf")
     size = pages_of(tmp_path / "plain") + pages_of(tmp_path / "export") * 5 // 2
     with small_disk(tmp_path / "disk", size) as disk, ThreadPoolExecutor(1) as pool:
         keys = {"save": str(disk / "run"), "save_hf": str(disk / "exported")}
         job = {**job, "set": keys, "save": keys["save"]}
         running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
-        wait_for(disk / "run" / "latest", "global_step20")
+        wait_for(disk / "run" / "latest", "global_step120")
         wait_for(disk / "exported" / JOURNAL, "done ")
         enlarge(disk, 2 * size)
         (result,) = running.result()
         assert result["losses"] == losses
         assert steps_of(disk / "run") == steps_of(tmp_path / "plain")
-        for step in (5, 10, 15, 20):
+        for step in STEPS:
             source = str(tmp_path / "plain" / f"global_step{step}")
             assert verify(source, str(disk / "run" / f"global_step{step}")).holds
             assert verify(source, str(disk / "exported" / f"step{step}")).holds
@@ -268,12 +271,12 @@ def test_a_run_is_faster_than_the_disk_of_its_exports(
     with disk(tmp_path / "exported", 64 << 20) as target, ThreadPoolExecutor(1) as pool:
         with slowed(target, 10_000):
             running = pool.submit(run, neox_python, "today", 1, [job], tmp_path)
-            wait_for(tmp_path / "run" / "latest", "global_step20")
+            wait_for(tmp_path / "run" / "latest", "global_step120")
             exported = list(target.glob("step*"))
         (result,) = running.result()
         assert exported == []
         assert result["losses"] == losses
         log = (target / LOG).read_text()
-        for step in (5, 10, 15):
+        for step in STEPS[:-1]:
             assert f"step {step} was removed before it was exported" in log
-        check_exports(tmp_path, (20,))
+        check_exports(tmp_path, STEPS[-1:])
