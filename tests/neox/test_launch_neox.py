@@ -1,6 +1,7 @@
 """GPT-NeoX's own scripts, as users start them, in patched trees: from Hugging Face to exports."""
 
 import filecmp
+import json
 import os
 import shutil
 import struct
@@ -14,7 +15,7 @@ import pytest
 import real_neox
 import torch
 from checkpoint_edits import tokenizer
-from common import TESTS, make_hf
+from common import TESTS, hf_logits, make_hf
 from inside_neox import yml_of
 
 from neox_bridge import verify
@@ -128,3 +129,60 @@ def model_of(family: str, folder: Path) -> Path:
     hf = make_hf(folder, torch.float32, family=family, vocab_size=290, **epsilon)
     tokenizer(hf / "tokenizer.json")
     return hf
+
+
+def continuation(hf: Path, prompt: list[int], length: int) -> str:
+    """What transformers generates, as GPT-NeoX writes it."""
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf, torch_dtype=torch.float32)
+    tokens = torch.tensor([prompt])
+    options = {"do_sample": False, "max_new_tokens": length, "eos_token_id": 0, "pad_token_id": 0}
+    generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    text = Tokenizer.from_file(str(hf / "tokenizer.json")).decode(
+        generated[0, len(prompt) :].tolist()
+    )
+    return str(text)
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_generate_writes_what_transformers_generates(
+    family: str, stages: int, era: str, tree: Path, neox_python: str, inside: None, tmp_path: Path
+) -> None:
+    hf = model_of(family, tmp_path / "hf")
+    prompt = [5, 17, 100, 42, 7]  # one: GPT-NeoX keeps its cache for the next prompt of a file
+    text = " ".join(f"t{token}" for token in prompt)
+    (tmp_path / "prompts.txt").write_text(text)
+    keys = {"text_gen_type": "input-file", "sample_input_file": str(tmp_path / "prompts.txt")}
+    keys |= {"sample_output_file": str(tmp_path / "samples.jsonl"), "distributed_backend": "gloo"}
+    yml = yml_of(hf, era, 1, stages, tmp_path / "neox", maximum_tokens=12, **keys)
+    done = launch(neox_python, tree, "generate.py", str(yml))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sample = json.loads((tmp_path / "samples.jsonl").read_text())
+    assert sample["context"] == text
+    assert sample["text"] == continuation(hf, prompt, 12)
+    assert sample["length"] == 12
+
+
+def test_eval_scores_as_transformers_does(
+    era: str, tree: Path, neox_python: str, inside: None, tmp_path: Path
+) -> None:
+    """With a stand-in for lm-evaluation-harness; the adapter is GPT-NeoX's."""
+    hf = model_of("gpt_neox", tmp_path / "hf")
+    keys = {"eval_tasks": ["fixed"], "eval_results_prefix": str(tmp_path / "of")}
+    yml = yml_of(hf, era, 1, 1, tmp_path / "neox", distributed_backend="gloo", **keys)
+    done = launch(neox_python, tree, "eval.py", str(yml))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("of_eval_results_*.json")
+    sums = json.loads(path.read_text())["results"]["fixed"]["sums"]
+    expected = [score(hf, CONTEXT, continuation) for continuation in CONTINUATIONS]
+    assert sums == pytest.approx(expected, abs=1e-4)
+
+
+def score(hf: Path, context: list[int], continuation: list[int]) -> float:
+    """The log probability of a continuation in transformers."""
+    tokens = torch.tensor([context + continuation])
+    logprobs = hf_logits(hf, tokens)[0, :-1].float().log_softmax(-1)
+    return float(logprobs.gather(1, tokens[0, 1:, None])[len(context) - 1 :].sum())
