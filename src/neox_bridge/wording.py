@@ -89,6 +89,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
+def verb(count: int, base: str) -> str:
+    """``differs`` of one, ``differ`` of others."""
+    return f"{base}s" if count == 1 else base
+
+
 def sentence(text: str) -> str:
     """The text as a sentence. A name at its start, such as config.json, stays in lower case."""
     first = text.partition(" ")[0]

@@ -138,7 +138,7 @@ def test_revisions_without_a_model(hub: Stub) -> None:
     hub.put_files(RAW, "step16", FLAT)
     with pytest.raises(BridgeError) as caught:
         find_source(RAW, None)
-    assert "its 2 steps are branches, from step8 to step16." in str(caught.value)
+    assert "It has 2 steps as branches, from step8 to step16." in str(caught.value)
     assert str(caught.value).endswith(f"Name one: {RAW}@step16")
 
 

@@ -332,7 +332,7 @@ def test_a_step_that_is_not_there(hub: Stub, run: Commands) -> None:
     _, err = run("inspect", f"{RAW}@nothing", code=1)
     assert f"{RAW} has no branch, tag or commit nothing" in err
     _, err = run("inspect", RAW, code=1)
-    assert f"its 4 steps are branches, from step0 to step2000. Name one: {RAW}@step2000" in err
+    assert f"It has 4 steps as branches, from step0 to step2000. Name one: {RAW}@step2000" in err
     _, err = run("inspect", RAW, "--step", 8, code=2)
     assert "--revision step8" in err
     out, _ = run("inspect", RAW, "--revision", "step8")

@@ -185,7 +185,7 @@ def test_the_label_is_that_of_the_step_where_steps_are_left_out() -> None:
     (fault,) = jump_faults(steps)
     assert fault.steps == ("4000",)
     assert fault.message == (
-        "run: at step 4000 the norms of 1 tensor jump, and return to normal at the next step: a "
+        "run: at step 4000 the norm of 1 tensor jumps, and returns to normal at the next step: a "
         "(1 to 9)"
     )
 
@@ -745,7 +745,7 @@ def test_the_run_that_begins_otherwise_is_the_one_of_the_fewest(bits: str) -> No
     odd = next(n for n, one in enumerate(bits) if bits.count(one) == 1)
     usual = next(n for n, one in enumerate(bits) if bits.count(one) == 2)
     assert fault.message == (
-        f"r{odd}: step 0 differs from that of r{usual} (the same seed): 1 of 1 tensors differ: a"
+        f"r{odd}: step 0 differs from that of r{usual} (the same seed): 1 of 1 tensor differs: a"
     )
 
 

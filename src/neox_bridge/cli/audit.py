@@ -15,7 +15,7 @@ from neox_bridge.cli.progress import progress_bar
 from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import inherited, option
-from neox_bridge.wording import KINDS, human, plain, plural
+from neox_bridge.wording import KINDS, human, plain, plural, verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -295,7 +295,7 @@ def _words(row: StepRow, comparison: Comparison) -> Iterator[str]:
     from neox_bridge.verification.against import origin_words
 
     if row.status == "differs":
-        yield f"{len(row.differences)} differ"
+        yield f"{len(row.differences)} {verb(len(row.differences), 'differ')}"
         if words := origin_words(row, comparison):
             yield words
     elif row.status == "unreadable":

@@ -207,7 +207,7 @@ def _print_preview(
     )
     if preview.unknown:
         print_line(
-            f"         of which {len(preview.unknown)} exist in the same size and may be unchanged"
+            f"         {len(preview.unknown)} of them may be unchanged: the Hub has the same size"
         )
     if preview.conflicts:
         print_line(f"conflicts, replaced only with --overwrite: {', '.join(preview.conflicts)}")

@@ -194,8 +194,8 @@ def _check_holds_model(listing: Listing, revision: str | None) -> None:
     if not steps:
         raise BridgeError(f"{what}. Check the name and the revision.")
     raise BridgeError(
-        f"{what}: its {len(steps)} steps are branches, from {steps[0]} to {steps[-1]}. Name one: "
-        f"{listing.repo}@{steps[-1]}"
+        f"{what}. It has {plural(len(steps), 'step')} as branches, from {steps[0]} to {steps[-1]}. "
+        f"Name one: {listing.repo}@{steps[-1]}"
     )
 
 

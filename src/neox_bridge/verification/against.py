@@ -25,7 +25,7 @@ from neox_bridge.verification.opened import Opened, open_places, read_by_names, 
 from neox_bridge.verification.run_pairs import SIDES, OpenedPair, Side
 from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 from neox_bridge.verification.steps import ReadBy, Step, read_step
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some, verb
 
 Model = Checkpoint | StoredModel
 StepStatus = Literal["same", "differs", "no counterpart", "unreadable"]
@@ -240,8 +240,8 @@ def _fault(comparison: Comparison, row: StepRow) -> Fault | None:
     if row.status == "differs":
         names = tuple(difference.name for difference in row.differences)
         message = (
-            f"step {row.label}: {len(names)} of {row.tensors} tensors differ between "
-            f"{comparison.source} and {comparison.twin}"
+            f"step {row.label}: {len(names)} of {plural(row.tensors, 'tensor')} "
+            f"{verb(len(names), 'differ')} between {comparison.source} and {comparison.twin}"
         )
         if where := origin_words(row, comparison):
             message += f": {where}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
-from neox_bridge.wording import plural, some
+from neox_bridge.wording import plural, some, verb
 
 LEAST = 0.05  # relative to the norm: smaller jumps are ignored
 SPIKE = 4.0  # times the change that its neighbors explain: training never does this,
@@ -75,9 +75,12 @@ def jump_faults(
 def _jumped(step: Step, jumps: list[_Jump]) -> Fault:
     jumps = sorted(jumps, key=lambda jump: -jump.size)
     names = [f"{j.name} ({j.before:.4g} to {j.norm:.4g})" for j in jumps]
-    back = ", and return to normal at the next step" if all(jump.spike for jump in jumps) else ""
-    count = plural(len(jumps), "tensor")
-    what = f"{step.run}: at step {step.label} the norms of {count} jump{back}: {some(names, 3)}"
+    count, back = len(jumps), ""
+    if all(jump.spike for jump in jumps):
+        back = f", and {verb(count, 'return')} to normal at the next step"
+    norms = f"the {'norm' if count == 1 else 'norms'} of {plural(count, 'tensor')}"
+    norms += f" {verb(count, 'jump')}{back}"
+    what = f"{step.run}: at step {step.label} {norms}: {some(names, 3)}"
     remedy = "training was unstable at this step, or the file is from another run or step"
     return step.fault("norm-jump", "warning", what, remedy, (jump.name for jump in jumps))
 

@@ -10,7 +10,7 @@ from neox_bridge.layouts.unknown_keys import reason_of, remedy_of
 from neox_bridge.verification.config_differences import shortened
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
-from neox_bridge.wording import plural, some
+from neox_bridge.wording import plural, some, verb
 
 Steps = Sequence[Step]
 _OTHER_RUN = "these steps may be from another run, or were converted with other settings"
@@ -227,7 +227,7 @@ def _should_be_same(members: Steps, why: str) -> Iterator[Fault]:
         names = [n for n, p in step.tensors.items() if p.hash != reference.tensors[n].hash]
         message = (
             f"{step.run}: step 0 differs from that of {reference.run} ({why}): {len(names)} of "
-            f"{len(step.tensors)} tensors differ: {some(names, 3)}"
+            f"{plural(len(step.tensors), 'tensor')} {verb(len(names), 'differ')}: {some(names, 3)}"
         )
         remedy = "one of them is not the initial state, or was initialized differently"
         yield step.fault("init-differs", "error", message, remedy, names)

@@ -25,7 +25,7 @@ from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.verification.compare import Difference, DifferenceKind, compare, each, zero_beyond
 from neox_bridge.verification.verify import describe, divided, mismatch, summary, verify
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some, verb
 
 
 def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
@@ -222,8 +222,9 @@ def master_findings(result: RoundedMasters, path: str) -> Sequence[Finding]:
         Finding(
             "masters-not-weights",
             "warning",
-            f"{path}: {len(result.differing):,} of {result.compared:,} weights do not equal the "
-            f"rounded fp32 master weights of the optimizer: {some(list(result.differing), 3)}",
+            f"{path}: {len(result.differing):,} of {plural(result.compared, 'weight')} "
+            f"{verb(len(result.differing), 'differ')} from the rounded fp32 master weights of the "
+            f"optimizer: {some(list(result.differing), 3)}",
             "copy all files of the step again if they may be from different steps",
             subject="fp32 masters",
         ),

@@ -11,6 +11,7 @@ from neox_bridge.verification.compare import Difference, compare, each, matching
 from neox_bridge.verification.config_differences import config_findings
 from neox_bridge.verification.diff import one_sided, weight_of, with_dtypes
 from neox_bridge.verification.verify import Verification
+from neox_bridge.wording import plural, verb
 
 
 def diff_stored(
@@ -113,8 +114,8 @@ def _compare(
     if difference.kind == "equal":
         return Difference(name, "equal", a.elements)
     detail = (
-        f"{difference.differing:,} of {difference.elements:,} bytes differ ({a.dtype}, whose "
-        "values are not decoded)"
+        f"{difference.differing:,} of {plural(difference.elements, 'byte')} "
+        f"{verb(difference.differing, 'differ')} ({a.dtype}, whose values are not decoded)"
     )
     return Difference(name, "bytes", a.elements, difference.differing, detail=detail)
 

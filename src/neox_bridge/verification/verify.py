@@ -33,7 +33,7 @@ from neox_bridge.verification.compare import (
     without_reduction,
     zero_beyond,
 )
-from neox_bridge.wording import plural
+from neox_bridge.wording import plural, verb
 
 # the relative rounding of one addition or division
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -209,7 +209,7 @@ def summary(verification: Verification) -> str:
     parts = [describe(difference) for difference in verification.differences[:3]]
     if len(verification.differences) > 3:
         count = len(verification.differences) - 3
-        parts.append(f"{plural(count, 'more tensor')} differ{'s' if count == 1 else ''}")
+        parts.append(f"{plural(count, 'more tensor')} {verb(count, 'differ')}")
     parts += [finding.message for finding in verification.findings if finding.severity == "error"]
     return "; ".join(parts)
 
@@ -222,9 +222,9 @@ def describe(difference: Difference) -> str:
     if difference.detail:
         return f"{name}: {difference.detail}"
     return (
-        f"{name}: {difference.differing:,} of {difference.elements:,} elements differ, by "
-        f"{difference.largest:.3g} at most (relative {difference.relative:.2g}, mean "
-        f"{difference.mean:.3g})"
+        f"{name}: {difference.differing:,} of {plural(difference.elements, 'element')} "
+        f"{verb(difference.differing, 'differ')}, by {difference.largest:.3g} at most (relative "
+        f"{difference.relative:.2g}, mean {difference.mean:.3g})"
     )
 
 
