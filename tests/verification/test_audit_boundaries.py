@@ -122,7 +122,7 @@ def test_a_jump_names_the_step_the_tensor_and_both_norms() -> None:
     assert (fault.run, fault.steps, fault.tensors) == ("run", ("2000",), ("a",))
     assert "1 tensor jump" in fault.message
     assert "a (1 to 9)" in fault.message
-    assert "return to normal at the next step" in fault.message
+    assert "returns to normal at the next step" in fault.message
     (rise,) = jump_faults(norms(1.0, 1.0, 1.0, 9.0, 9.0))
     assert rise.steps == ("3000",)
     assert "back" not in rise.message
