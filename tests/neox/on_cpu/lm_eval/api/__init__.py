@@ -1,1 +1,0 @@
-from lm_eval.api import model as model

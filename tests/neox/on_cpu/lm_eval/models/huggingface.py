@@ -1,4 +1,0 @@
-class HFLM:
-    @property
-    def model(self):
-        return self._model
