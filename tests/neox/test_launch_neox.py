@@ -15,11 +15,13 @@ import pytest
 import real_neox
 import torch
 from checkpoint_edits import tokenizer
-from common import TESTS, make_hf
+from common import TESTS, hf_logits, make_hf
 from inside_neox import yml_of
 
 from neox_bridge import verify
 
+# of the stand-in for lm-evaluation-harness
+CONTEXT, CONTINUATIONS = [5, 17, 100, 42, 7], [[9, 200], [33, 8, 1], [250]]
 pytestmark = pytest.mark.neox
 
 
@@ -162,3 +164,29 @@ def test_generate_writes_what_transformers_generates(
     assert sample["context"] == text
     assert sample["text"] == continuation(hf, prompt, 12)
     assert sample["length"] == 12
+
+
+def test_eval_scores_as_transformers_does(
+    era: str, tree: Path, neox_python: str, inside: None, tmp_path: Path
+) -> None:
+    """With a stand-in for lm-evaluation-harness; the adapter is GPT-NeoX's."""
+    hf = model_of("gpt_neox", tmp_path / "hf")
+    keys = {"eval_tasks": ["fixed"], "eval_results_prefix": str(tmp_path / "of")}
+    yml = yml_of(hf, era, 1, 1, tmp_path / "neox", distributed_backend="gloo", **keys)
+    done = launch(neox_python, tree, "eval.py", str(yml))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("of_eval_results_*.json")
+    sums = json.loads(path.read_text())["results"]["fixed"]["sums"]
+    expected = [score(hf, CONTEXT, continuation) for continuation in CONTINUATIONS]
+    assert sums == pytest.approx(expected, abs=5e-6)
+
+
+def score(hf: Path, context: list[int], continuation: list[int]) -> float:
+    """The score of a continuation by GPT-NeoX in fp32, computed by transformers.
+
+    GPT-NeoX computes the loss too, which replaces logits in fp32 by probabilities
+    (megatron/mpu/cross_entropy.py), and its adapter takes these for logits.
+    """
+    tokens = torch.tensor([context + continuation])
+    logprobs = hf_logits(hf, tokens)[0, :-1].float().softmax(-1).log_softmax(-1)
+    return float(logprobs.gather(1, tokens[0, 1:, None])[len(context) - 1 :].sum())

@@ -1,0 +1,1 @@
+from lm_eval.api import model as model

@@ -1,0 +1,4 @@
+class HFLM:
+    @property
+    def model(self):
+        return self._model
