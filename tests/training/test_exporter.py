@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,10 @@ def folders(exports: Exports) -> list[str]:
 
 
 def lines(exports: Exports) -> list[str]:
-    return (Path(exports.target) / JOURNAL).read_text().splitlines()
+    """What was saved and done, without the ids of the saves."""
+    text = (Path(exports.target) / JOURNAL).read_text()
+    words = [line.split() for line in text.splitlines()]
+    return [" ".join(w[:2]) for w in words if w[0] not in ("of", "own")]
 
 
 def test_exports_what_a_conversion_would(exports: Exports) -> None:
@@ -147,7 +152,8 @@ def test_a_failure_does_not_hold_up_other_steps(exports: Exports, waits: list[fl
             raise BridgeError("damaged.")
         return fake(exports, iteration)
 
-    assert run(exports, ["5\n", "10\n"], print, fails)
+    (Path(exports.target) / JOURNAL).write_text("saved 5\nsaved 10\n")
+    assert run(exports, [], print, fails)
     assert order == [10, 5, 10]  # the newest first, because GPT-NeoX removes the oldest
 
 
@@ -197,8 +203,102 @@ def test_keeps_the_newest_exports(exports: Exports) -> None:
     (Path(exports.target) / "notes").mkdir()
     assert run(keeping, [f"{n}\n" for n in (5, 10, 100, 20)], print, fake)
     assert folders(keeping) == ["notes", "step100", "step20"]
-    remove_old(Exports(exports.save, exports.target))
+    remove_old(Exports(exports.save, exports.target), [100, 20])
     assert folders(keeping) == ["notes", "step100", "step20"]
+
+
+def test_a_run_that_went_back_keeps_its_newest_exports(exports: Exports) -> None:
+    keeping = Exports(exports.save, exports.target, keep=2)
+    assert run(keeping, ["90\n", "100\n"], print, fake)
+    assert run(keeping, ["60\n"], print, fake)
+    assert folders(keeping) == ["step100", "step60"]
+    assert run(keeping, ["70\n"], print, fake)
+    assert folders(keeping) == ["step60", "step70"]
+
+
+def test_a_step_that_is_not_pushed_yet_is_kept(exports: Exports, waits: list[float]) -> None:
+    keeping = Exports(exports.save, exports.target, keep=1, repository="org/model")
+    (Path(exports.target) / JOURNAL).write_text("saved 5\nsaved 10\n")
+    pushed: list[int] = []
+
+    def push(exports: Exports, iteration: int) -> str:
+        assert f"step{iteration}" in folders(exports)
+        if iteration == 5 and not waits:
+            raise BridgeError("the Hub failed.")
+        pushed.append(iteration)
+        return "url"
+
+    (Path(exports.target) / "step10").mkdir()
+    with (Path(exports.target) / JOURNAL).open("a") as file:
+        file.write("own 10\n")
+    assert run(keeping, ["15\n"], print, fake, push)
+    assert sorted(pushed) == [5, 10, 15]
+    assert folders(keeping) == ["step15"]
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_folders_of_others_are_neither_replaced_nor_removed(
+    exports: Exports, waits: list[float], keep: int
+) -> None:
+    tiny.write_hf(Path(exports.target) / "step5")
+    convert(str(Path(exports.target) / "step5"), str(Path(exports.target) / "step7"), to="hf")
+    before = [p.read_bytes() for p in sorted(Path(exports.target).rglob("*")) if p.is_file()]
+    for iteration in (5, 10):
+        save_step(exports, iteration)
+    log: list[str] = []
+    assert not run(replace(exports, keep=keep), ["5\n", "10\n"], log.append)
+    assert folders(exports) == ["step10", "step5", "step7"]
+    shutil.rmtree(Path(exports.target) / "step10")
+    for name in (JOURNAL, LOG):
+        (Path(exports.target) / name).unlink(missing_ok=True)
+    after = [p.read_bytes() for p in sorted(Path(exports.target).rglob("*")) if p.is_file()]
+    assert after == before
+    assert f"{exports.target}/step5 exists, and this run has not exported it. Move" in log[-1]
+
+
+def test_a_run_that_went_back_and_was_killed_exports_its_new_steps(exports: Exports) -> None:
+    for iteration in (5, 10, 15):
+        save_step(exports, iteration)
+        assert run(exports, [f"{iteration}\n"], print, fake)
+    (Path(exports.save) / "latest").write_text("global_step15")
+    with (Path(exports.target) / JOURNAL).open("a") as file:
+        file.write("saved 5 again\n")  # and the process is killed
+    order: list[int] = []
+
+    def counted(exports: Exports, iteration: int) -> str:
+        order.append(iteration)
+        return fake(exports, iteration)
+
+    assert run(exports, [], print, counted)
+    assert order == [15, 10, 5]
+
+
+def test_steps_are_noted_while_another_is_converted(exports: Exports) -> None:
+    """So that a kill in a long conversion loses none."""
+    noted: list[str] = []
+
+    def slow(exports: Exports, iteration: int) -> str:
+        if iteration == 5:
+            wait_for_text(exports, "saved 10")
+            noted.extend(lines(exports))
+        return fake(exports, iteration)
+
+    assert run(exports, ["5\n", "10\n"], print, slow)
+    assert "saved 10" in noted
+
+
+def wait_for_text(exports: Exports, text: str) -> None:
+    for _ in range(200):
+        if text in lines(exports):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{text} is not in the journal")
+
+
+def test_an_unreadable_latest_ends_nothing(exports: Exports) -> None:
+    (Path(exports.save) / "latest").write_bytes(b"\xff\xfe")
+    assert run(exports, ["5\n"], print, fake)
+    assert folders(exports) == ["step5"]
 
 
 def test_pushes_each_step_as_a_branch(
@@ -312,6 +412,41 @@ def test_the_end_of_the_training_exports_what_a_killed_process_left(exports: Exp
     save_step(exports, 5)
     process.finish()
     assert folders(exports) == ["step5"]
+
+
+def test_the_end_does_not_wait_for_processes_that_inherited_the_pipe(exports: Exports) -> None:
+    """As the workers of a data loader do."""
+    process = ExporterProcess(exports)
+    process.start()
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        start = time.monotonic()
+        process.finish()
+        assert time.monotonic() - start < 50  # the child lives longer
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def test_a_second_exporter_says_for_whom_it_waits(exports: Exports) -> None:
+    process = ExporterProcess(exports)
+    process.check()
+    process.start()
+    wait_for(Path(exports.target) / JOURNAL)
+    other = ExporterProcess(exports)
+    other.start()
+    for _ in range(200):
+        if "waiting for the exports of an earlier run" in Path(exports.log).read_text():
+            break
+        time.sleep(0.05)
+    process.finish()
+    other.finish()
+    assert f"which still writes into {exports.target}" in Path(exports.log).read_text()
 
 
 def test_a_process_that_hangs_blocks_no_save(exports: Exports) -> None:

@@ -174,7 +174,7 @@ def test_a_step_that_is_saved_again_during_its_export_is_exported_again(
     nodes.upload_step(at(both[1]), 5)
     assert run(both[0], [], log.append, saving)
     assert "saved again before it was exported" in log[-1]
-    assert exporter.Journal(both[0].journal, print).left(both[0]) == [5]
+    assert [*exporter.Journal(both[0].journal, print).left(both[0])] == [5]
     together(both, 5)
     assert verify(str(steps[0]), f"{target}/step5").holds
 
@@ -247,7 +247,7 @@ def test_a_step_that_no_node_has_noted_is_not_waited_for(both: tuple[Exports, Ex
     for exports in both:
         (Path(exports.save) / "global_step10").mkdir()
         (Path(exports.save) / "latest").write_text("global_step10")
-        assert exporter.Journal(exports.journal, print).left(exports) == [5]
+        assert [*exporter.Journal(exports.journal, print).left(exports)] == [5]
 
 
 def test_an_object_that_is_not_what_a_node_sent_is_an_error(

@@ -91,8 +91,8 @@ def steps(save: str) -> list[int]:
 
 def latest(save: str) -> int:
     """The iteration that ``latest`` names; -1 if the run has saved none."""
-    with suppress(OSError), open(os.path.join(save, _LATEST), encoding="utf-8") as file:
-        if match := STEP.fullmatch(file.read().strip()):
+    with suppress(OSError), open(os.path.join(save, _LATEST), "rb") as file:
+        if match := STEP.fullmatch(file.read().decode(errors="replace").strip()):
             return int(match[1])
     return -1
 

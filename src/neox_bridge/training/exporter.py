@@ -8,30 +8,29 @@ import argparse
 import fcntl
 import os
 import queue
-import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
 
-from neox_bridge.errors import DiskFull
+from neox_bridge.errors import BridgeError, DiskFull
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.stores import paths
 from neox_bridge.stores.store import PART_BYTES
 from neox_bridge.training import nodes
 from neox_bridge.training.disk_space import Watch, bytes_below, free_bytes, latest, steps
-from neox_bridge.training.exports import Exports, StepGone
+from neox_bridge.training.exports import END, Exports, StepGone, owner_line
 from neox_bridge.training.log_file import LogFile
 
 RETRY_SECONDS = (10.0, 60.0, 300.0)  # before each further try
 _NICENESS = 10
 _WORKERS = 2  # threads, so that the trainer's data loaders keep their cores
-_STEP_FOLDER = re.compile(r"step(\d+)")
 _PUSHED = ".neox_bridge_push_"  # the start of the name of a folder that is being pushed
 _REMOVED = ".removed"  # the end of the name of a folder that is being removed
 Say = Callable[[str], None]
@@ -42,6 +41,7 @@ class Pending:
     """A step to export.
 
     Attributes:
+        save_id: See ``Journal``.
         tries: How often it failed.
         due: When to try it, as a time of ``time.monotonic``.
         converted: Whether only the push is left.
@@ -49,6 +49,7 @@ class Pending:
     """
 
     iteration: int
+    save_id: str = ""
     tries: int = 0
     due: float = 0.0
     converted: bool = False
@@ -137,19 +138,24 @@ def _download(url: str, folder: str, reserved: int) -> None:
                 file.write(fetch(place, start, min(start + PART_BYTES, state.size)))
 
 
-def remove_old(exports: Exports) -> None:
-    """Remove the oldest exported steps, so that ``keep`` are left."""
+def remove_old(exports: Exports, own: Iterable[int], kept: Collection[int] = ()) -> None:
+    """Remove the oldest exported steps, so that ``keep`` are left.
+
+    own: the steps that this run has exported, in the order in which it saved them. A run that went
+    back saves lower numbers later. kept: steps that must not be removed yet.
+    """
     if not exports.keep:
         return
     names = paths.listdir(exports.target)
-    steps = sorted(
-        (int(match[1]), name)
-        for name in names
-        if (match := _STEP_FOLDER.fullmatch(name))
-        and paths.exists(os.path.join(exports.target, name, RECORD))
-    )
-    for _, name in steps[: -exports.keep]:
-        _remove(exports.target, name)
+    steps = [
+        iteration
+        for iteration in own
+        if f"step{iteration}" in names
+        and paths.exists(os.path.join(exports.target, f"step{iteration}", RECORD))
+    ]
+    for iteration in steps[: -exports.keep]:
+        if iteration not in kept:
+            _remove(exports.target, f"step{iteration}")
     for name in names:
         if name.startswith(".step") and name.endswith(_REMOVED):  # of a killed process
             shutil.rmtree(os.path.join(exports.target, name), ignore_errors=True)
@@ -186,21 +192,30 @@ def run(
         Whether no step failed for good.
     """
     journal = Journal(exports.journal, say)
-    incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    incoming: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
 
     is_over = threading.Event()
     convert = convert or partial(convert_step, is_over=is_over.is_set)
+    pending = [Pending(iteration, save_id) for iteration, save_id in journal.left(exports).items()]
 
     def read() -> None:
+        """Note each step at once, as a conversion takes long and may be killed."""
         try:
             for line in lines:
-                incoming.put(line)
+                if line.strip() == END:
+                    break
+                if not line.strip().isdigit():
+                    continue
+                step = Pending(int(line))
+                if exports.nodes == 1:  # otherwise, the trainer has noted it
+                    step.save_id = uuid.uuid4().hex
+                    journal.note("saved", step.iteration, step.save_id)
+                incoming.put(step)
         finally:
             is_over.set()
             incoming.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    pending = [Pending(iteration) for iteration in journal.left(exports)]
     if pending:
         say(f"steps left by an earlier run: {', '.join(str(p.iteration) for p in pending)}")
     is_open, failed = True, False
@@ -209,19 +224,16 @@ def run(
         seconds = None if step is None else max(0.0, step.due - time.monotonic())
         if is_open and (seconds != 0.0 or not incoming.empty()):
             with suppress(queue.Empty):
-                line = incoming.get(timeout=seconds)
-                if line is None:
+                saved = incoming.get(timeout=seconds)
+                if saved is None:
                     is_open = False
                     for p in pending:
                         p.due = 0.0 if p.needed else p.due
-                elif line.strip().isdigit():
-                    iteration = int(line)
-                    if exports.nodes == 1:  # otherwise, the trainer has noted it
-                        journal.note("saved", iteration)
-                    elif iteration not in journal.left(exports):
-                        continue
-                    pending = [p for p in pending if p.iteration != iteration]
-                    pending.append(Pending(iteration))
+                    continue
+                if exports.nodes > 1 and saved.iteration not in journal.left(exports):
+                    continue
+                pending = [p for p in pending if p.iteration != saved.iteration]
+                pending.append(saved)
             continue
         assert step is not None
         time.sleep(seconds or 0.0)
@@ -233,7 +245,11 @@ def run(
         try:
             if exports.nodes > 1:
                 saving = nodes.with_last_save(exports, step.iteration)
-            _export(saving, step, say, convert, push)
+                step.save_id = saving.saved.id
+            _export(saving, step, say, journal, convert, push)
+            if not exports.node:
+                unpushed = {p.iteration for p in pending if p.converted}
+                remove_old(exports, journal.own(), unpushed)
         except StepGone as gone:
             say(f"step {step.iteration} {gone}, skipped")
         except Exception as error:  # also a bug: it must not end the exports of a long run
@@ -249,7 +265,7 @@ def run(
             step.tries, step.due = step.tries + 1, time.monotonic() + seconds
             pending.append(step)
             continue
-        journal.note("done", step.iteration, saving.saved.id)
+        journal.note("done", step.iteration, step.save_id)
         if exports.nodes > 1 and not exports.node:
             with suppress(Exception):  # the next one removes them
                 nodes.remove_parts(exports, journal.left(exports))
@@ -267,10 +283,13 @@ def _export(
     exports: Exports,
     step: Pending,
     say: Say,
+    journal: "Journal",
     convert: Callable[[Exports, int], str],
     push: Callable[[Exports, int], str],
 ) -> None:
     if not step.converted:
+        if not exports.node:
+            journal.claim(exports, step.iteration)
         start = time.monotonic()
         folder = convert(exports, step.iteration)
         seconds = time.monotonic() - start
@@ -281,60 +300,100 @@ def _export(
         step.converted = True
     if exports.repository:
         say(f"step {step.iteration} pushed to {push(exports, step.iteration)}")
-    remove_old(exports)
 
 
 class Journal:
     """Which steps were saved and which are done, in a file that survives a crash.
 
-    A line is a word and an iteration: ``saved``, ``done``, or ``after`` for the last step that the
-    run had when its exports began. If several nodes have a ``save`` of their own, the trainer
-    writes ``saved``, with the id and the fingerprint of the save, and ``done`` has the id too.
+    A line is a word and an iteration: ``saved``, ``done``, ``own`` for a step whose folder in the
+    target this run has created, or ``after`` for the last step that the run had when its exports
+    began. ``saved`` and ``done`` have an id of the save too. If several nodes have a ``save`` of
+    their own, the trainer writes ``saved``, with the fingerprint of the save. The first line names
+    the ``save``: see ``exports.owner_of``.
     """
 
     def __init__(self, path: str, say: Say) -> None:
         self.path, self._say = path, say
         self._file = LogFile(path)
+        self._lock = threading.Lock()
+        self._own: set[int] = set()
+        self._saved: dict[int, str | None] = {}  # the id of each last save; None if it is done
 
-    def left(self, exports: Exports) -> list[int]:
-        """The iterations that were saved and are not done, in order.
+    def left(self, exports: Exports) -> dict[int, str]:
+        """The iterations that were saved and are not done, in order, with the ids of the saves.
 
-        These include steps that are later than all in the journal: the process was killed before
-        it knew of them.
+        These include steps that are later than the last in the journal: the process was killed
+        before it knew of them.
         """
         newest = latest(exports.save)
         if not os.path.exists(self.path):
+            self._write(owner_line(exports.save))
             self.note("after", newest)
-            return []
-        ids: dict[int, str | None] = {}  # of the save of each step; None if it is done
+            return {}
         with open(self.path, encoding="ascii", errors="replace") as file:
             for line in file:
                 word, number, save_id = (*line.split(), "", "", "")[:3]
-                if not number.lstrip("-").isdigit() or word not in ("saved", "done", "after"):
-                    continue
-                if word == "saved":
-                    ids[int(number)] = save_id
-                elif save_id in ("", ids.get(int(number))):  # not another save since
-                    ids[int(number)] = None
-        last = max(ids, default=newest)
+                if number.lstrip("-").isdigit():
+                    self._read(word, int(number), save_id)
+        last = next(reversed(self._saved), newest)
         if exports.nodes > 1:  # a node has only its part of steps that it does not know
             last = newest
-        unknown = [n for n in steps(exports.save) if last < n <= newest and exports.is_due(n)]
-        return sorted([*(n for n, save_id in ids.items() if save_id is not None), *unknown])
+        for unknown in sorted(n for n in steps(exports.save) if last < n <= newest):
+            if exports.is_due(unknown):
+                self.note("saved", unknown, uuid.uuid4().hex)
+        return {n: save_id for n, save_id in sorted(self._saved.items()) if save_id is not None}
+
+    def _read(self, word: str, iteration: int, save_id: str) -> None:
+        if word == "own":
+            self._own.add(iteration)
+        elif word == "saved":
+            self._saved.pop(iteration, None)  # so that the last save is the last key
+            self._saved[iteration] = save_id
+        elif word == "after" or (word == "done" and save_id in ("", self._saved.get(iteration))):
+            self._saved[iteration] = None  # not another save since
+
+    def own(self) -> list[int]:
+        """The steps that the run has exported, in the order of their last saves."""
+        return [iteration for iteration in [*self._saved] if iteration in self._own]
+
+    def claim(self, exports: Exports, iteration: int) -> None:
+        """Note that this run creates the folder of a step.
+
+        Raises BridgeError if the folder exists and was not created by this run.
+        """
+        if iteration in self._own:
+            return
+        folder = os.path.join(exports.target, f"step{iteration}")
+        if paths.lexists(folder):
+            raise BridgeError(
+                f"{folder} exists, and this run has not exported it. Move it away, or set save_hf "
+                "to another folder."
+            )
+        self.note("own", iteration)
 
     def note(self, word: str, iteration: int, save_id: str = "") -> None:
-        """Append a line. If the disk is full, say so."""
-        if error := self._file.append(f"{word} {iteration} {save_id}".rstrip()):
+        """Append a line. If the disk is full, say so. From any thread."""
+        self._write(f"{word} {iteration} {save_id}".rstrip())
+        self._read(word, iteration, save_id)
+
+    def _write(self, line: str) -> None:
+        with self._lock:
+            error = self._file.append(line)
+        if error:
             self._say(f"{self.path} cannot be written: {error}")
 
 
 @contextmanager
-def _alone(target: str) -> Iterator[None]:
+def _alone(target: str, say: Say) -> Iterator[None]:
     """Wait until the exporter of an earlier run has ended, which still writes into this folder."""
     fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for the exports of an earlier run, which still writes into {target}")
+                fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
@@ -370,7 +429,7 @@ def main() -> None:
         log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
     os.makedirs(exports.home, exist_ok=True)  # it may have been removed since the run started
-    with _alone(exports.home):
+    with _alone(exports.home, say):
         sys.exit(0 if run(exports, sys.stdin, say) else 1)
 
 

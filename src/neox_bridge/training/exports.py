@@ -5,6 +5,7 @@ The trainer only writes the number of a step into a pipe after each save. The pr
 saved even if the trainer is killed, and the next run exports what is left after a crash.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from neox_bridge.stores.paths import absolute, is_local, is_writable, real
 
 LOG = "neox_bridge_exports.log"
 JOURNAL = ".neox_bridge_exports"
+END = "end"  # the line with which the trainer says that no step follows
+_OWNER = "of "  # the start of the first line of a journal
 # variables that tell a process that it is a rank of a distributed program
 _RANK_VARIABLES = frozenset(
     {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -99,6 +102,26 @@ class Exports:
         return not self.interval or iteration % self.interval == 0
 
 
+def owner_line(save: str) -> str:
+    """The first line of the journal of a run, with its ``save``."""
+    return f"{_OWNER}{json.dumps(os.path.realpath(save))}"
+
+
+def check_owner(exports: Exports) -> None:
+    """Raise BridgeError if the folder has exports of another run, which this one would replace."""
+    if not exports.is_local:  # the journal is in the run's own folder
+        return
+    with suppress(FileNotFoundError), open(exports.journal, "rb") as file:
+        first = file.readline().decode(errors="replace").strip()
+        if first.startswith(_OWNER) and first != owner_line(exports.save):
+            owner = first.removeprefix(_OWNER)
+            raise BridgeError(
+                f"save_hf: {exports.target} contains the exports of the run in {owner}, and `save` "
+                f"is {exports.save}. Set save_hf to another folder. If the folder of the run was "
+                f"moved, change its path in the first line of {exports.journal}."
+            )
+
+
 def exports_of(settings: Mapping[str, Any]) -> Exports | None:
     """What the keys of a yml ask for; None if nothing is exported.
 
@@ -124,6 +147,15 @@ def exports_of(settings: Mapping[str, Any]) -> Exports | None:
     for name, value in (("save_hf_interval", interval), ("save_hf_keep", keep)):
         if value is not None and value < 1:
             raise BridgeError(f"{name}: {value} must be at least 1.")
+    if interval and not _is_ever_due(settings, interval):
+        raise BridgeError(
+            f"save_hf_interval: {interval} matches none of the steps that the run saves "
+            f"(checkpoint_factor: {settings.get('checkpoint_factor')}, train_iters: "
+            f"{settings['train_iters']}), so nothing would be exported. Set save_hf_interval to a "
+            "multiple of checkpoint_factor."
+        )
+    if target.startswith("~"):
+        target = os.path.expanduser(target)
     if not is_writable(target):
         raise BridgeError(
             f"save_hf: {target} cannot be written file by file. Set save_hf to a folder or to a "
@@ -152,6 +184,22 @@ def exports_of(settings: Mapping[str, Any]) -> Exports | None:
     )
 
 
+def _is_ever_due(settings: Mapping[str, Any], interval: int) -> bool:
+    """Whether a run saves a step that is exported (megatron/training.py, ``is_save_iter``)."""
+    last, factor = settings.get("train_iters"), settings.get("checkpoint_factor")
+    if not last:
+        return True
+    saved = [last, *(settings.get("extra_save_iters") or ())]
+    if factor and settings.get("checkpoint_scale") == "log":
+        power = factor
+        while 1 < power <= last:
+            saved.append(int(power))
+            power *= factor
+    elif factor:
+        saved += range(int(factor), last + 1, int(factor))
+    return any(iteration % interval == 0 for iteration in saved)
+
+
 class ExporterProcess:
     """The process that exports, as the trainer sees it.
 
@@ -163,16 +211,24 @@ class ExporterProcess:
         self._saves = 0  # also of steps that are not exported, so that all nodes count alike
         self._process: subprocess.Popen[bytes] | None = None
 
+    def check(self) -> None:
+        """Create the folder of the log and the journal.
+
+        Raises:
+            OSError: It cannot be written.
+            BridgeError: It belongs to another run.
+        """
+        os.makedirs(self.exports.home, exist_ok=True)
+        with open(self.exports.log, "a", encoding="ascii"):
+            pass
+        check_owner(self.exports)
+
     def start(self) -> None:
         """Start the process, which first exports what an earlier run left.
 
-        Raises OSError if the folder or the process cannot be created.
+        It does not look at the folder, whose disk may hang. Raises OSError if the process cannot be
+        created.
         """
-        os.makedirs(self.exports.home, exist_ok=True)
-        self._launch()
-
-    def _launch(self) -> None:
-        """Start the process without a look at the folder, whose disk may hang."""
         exports = self.exports
         command = [sys.executable, "-m", "neox_bridge.training.exporter"]
         command += [exports.save, exports.target]
@@ -203,7 +259,7 @@ class ExporterProcess:
 
                 note_save(self.exports, iteration, f"{self._run}-{self._saves}")
             if self._process is None or self._process.poll() is not None:
-                self._launch()
+                self.start()
             assert self._process is not None
             assert self._process.stdin is not None
             self._process.stdin.write(f"{iteration}\n".encode())
@@ -228,5 +284,8 @@ class ExporterProcess:
         if self._process.poll() is not None:
             return
         assert self._process.stdin is not None
+        with suppress(OSError):
+            # workers of data loaders may have inherited the pipe, so that it stays open
+            self._process.stdin.write(f"{END}\n".encode())
         self._process.stdin.close()
         self._process.wait()

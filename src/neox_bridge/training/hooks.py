@@ -147,7 +147,7 @@ def _setup_model_and_optimizer(
     exporter = None
     if exports is not None:
         exporter = _exporter_of(exports, neox_args)
-        _raise_first(_gather(_check_store(exports.target) if exporter else ""))
+        _raise_first(_gather(_check_target(exporter) if exporter else ""))
         _raise_first(_gather(_check_push(exports.repository)))
     result = original(neox_args, *args, **kwargs)
     if exports is not None:
@@ -177,6 +177,17 @@ def _check_push(repository: str) -> str:
     except ConnectionError as problem:  # an outage of the Hub must not keep a run from starting
         say(f"warning: push_to_hub: write access cannot be checked now: {problem}")
     return ""
+
+
+def _check_target(exporter: ExporterProcess) -> str:
+    """Check that this run can write into the target. Returns the error, or ""."""
+    try:
+        exporter.check()
+    except BridgeError as problem:
+        return str(problem)
+    except OSError as problem:
+        return f"save_hf: {exporter.exports.home} cannot be written: {problem}"
+    return _check_store(exporter.exports.target)
 
 
 def _check_store(target: str) -> str:
