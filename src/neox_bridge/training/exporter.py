@@ -302,6 +302,14 @@ def _export(
         say(f"step {step.iteration} pushed to {push(exports, step.iteration)}")
 
 
+def _is_taken(folder: str) -> bool:
+    if paths.is_local(folder):
+        return os.path.lexists(folder)
+    from neox_bridge.stores.objects import below
+
+    return bool(below(folder))  # an emptied folder may still exist
+
+
 class Journal:
     """Which steps were saved and which are done, in a file that survives a crash.
 
@@ -364,7 +372,7 @@ class Journal:
         if iteration in self._own:
             return
         folder = os.path.join(exports.target, f"step{iteration}")
-        if paths.lexists(folder):
+        if _is_taken(folder):
             raise BridgeError(
                 f"{folder} exists, and this run has not exported it. Move it away, or set save_hf "
                 "to another folder."
