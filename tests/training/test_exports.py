@@ -44,6 +44,7 @@ def test_what_the_keys_mean(tmp_path: Any) -> None:
         ),
         ({"save": "a", "save_hf": "hf://org/model"}, "push_to_hub to the repository on the Hub"),
         ({"save": "a", "save_hf": "./a/"}, "is also the folder of GPT-NeoX's checkpoints"),
+        ({"save": "a", "save_hf": "a/global_step5/hf"}, "is inside global_step5, a step in `save`"),
         ({"save": "a", "save_hf": "b", "push_to_hub": "model"}, "'model' is not ORG/NAME"),
         ({"save": "a", "save_hf": "b", "push_to_hub": "org/model@main"}, "is not ORG/NAME"),
     ],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.file_names import STEP
 from neox_bridge.stores.paths import absolute, is_local, is_writable, real
 
 LOG = "neox_bridge_exports.log"
@@ -165,6 +166,12 @@ def exports_of(settings: Mapping[str, Any]) -> Exports | None:
         raise BridgeError(
             f"save_hf: {target} is also the folder of GPT-NeoX's checkpoints (`save`). Set save_hf "
             "to another folder."
+        )
+    above = os.path.relpath(real(target), real(save)).split(os.sep)[0] if is_local(target) else ""
+    if STEP.fullmatch(above):
+        raise BridgeError(
+            f"save_hf: {target} is inside {above}, a step in `save`, with which "
+            "keep_last_n_checkpoints removes it. Set save_hf to a folder outside of the steps."
         )
     if repository:
         from neox_bridge.stores.hub_names import model_id
