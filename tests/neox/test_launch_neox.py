@@ -152,6 +152,8 @@ def continuation(hf: Path, prompt: list[int], length: int) -> str:
 def test_generate_writes_what_transformers_generates(
     family: str, stages: int, era: str, tree: Path, neox_python: str, inside: None, tmp_path: Path
 ) -> None:
+    if stages == 0 and era in ("2024-09", "2024-10"):
+        pytest.skip("generate.py of this tree takes the tuple of a model without stages for logits")
     hf = model_of(family, tmp_path / "hf")
     prompt = [5, 17, 100, 42, 7]  # one: GPT-NeoX keeps its cache for the next prompt of a file
     text = " ".join(f"t{token}" for token in prompt)
