@@ -201,7 +201,7 @@ def test_biases_that_transformers_always_has_are_zeros(tmp_path: Path) -> None:
     edit_yml(use_bias_in_attn_linear=False)(step)
     plan = convert(tmp_path / "neox", tmp_path / "back")
     added = next(f for f in plan.findings if f.code == "biases-added")
-    assert added.message.startswith("8 biases")
+    assert "8 biases" in added.message
     assert "gpt2 in transformers" in added.message
     written = hf_tensors(tmp_path / "back")
     assert {name: t for name, t in written.items() if (t != tensors[name]).any()} == {}

@@ -127,12 +127,6 @@ def test_a_hugging_face_model_has_none(tmp_path: Path) -> None:
         read(write_hf(tmp_path / "hf"))
 
 
-def test_modules_of_transformer_engine(tmp_path: Path) -> None:
-    hf = write_hf(tmp_path / "hf", use_parallel_residual=False, hidden_act="gelu_fast")
-    with pytest.raises(Refused, match=r"modules of Transformer Engine.* Convert only the weights"):
-        read(convert(hf, tmp_path / "te", te=True))
-
-
 def test_an_export_of_a_model_with_fewer_layers(tmp_path: Path) -> None:
     source = open_checkpoint(str(DATA / "fp32"))
     execute(plan_export(source, read_optimizer(source)), str(tmp_path / "export"))
