@@ -60,7 +60,7 @@ def inside(work: Path, shape: str, steps: int, skipped: list[str]) -> Inside:
         start = time.perf_counter()
         exporter.saved(step)
         blocked.append(time.perf_counter() - start)
-        _wait_for(target / JOURNAL, f"done {step}")
+        _wait_for_export(target / JOURNAL, step)
         exported.append(time.perf_counter() - start)
         shutil.rmtree(save / f"global_step{step}")
         if command:
@@ -88,9 +88,14 @@ def _command(folder: Path, source: Path) -> tuple[str, ...]:
     )
 
 
-def _wait_for(journal: Path, line: str) -> None:
+def _wait_for_export(journal: Path, step: int) -> None:
+    """Wait for the line of the journal that says that a step is done."""
     end = time.monotonic() + LIMIT_SECONDS
-    while not journal.exists() or line not in journal.read_text().splitlines():
+    done = ["done", str(step)]
+    while not (
+        journal.exists()
+        and any(line.split()[:2] == done for line in journal.read_text().splitlines())
+    ):
         if time.monotonic() > end:
-            raise Failed(f"{journal} has no line {line!r}")
+            raise Failed(f"{journal} has no line for step {step}")
         time.sleep(POLL_SECONDS)
