@@ -10,12 +10,11 @@ from contextlib import suppress
 from neox_bridge.errors import DiskFull
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import can_share
-from neox_bridge.layouts.file_names import STEP
 from neox_bridge.progress import Progress
 from neox_bridge.training.exports import Exports
+from neox_bridge.training.saved_steps import latest, steps
 
 CHECK_SECONDS = 0.5
-_LATEST = "latest"
 
 
 class Watch:
@@ -80,21 +79,6 @@ class Watch:
 
 def free_bytes(folder: str) -> int:
     return shutil.disk_usage(folder).free
-
-
-def steps(save: str) -> list[int]:
-    """The iterations of the steps in a folder of checkpoints, complete or not."""
-    with suppress(OSError):
-        return [int(m[1]) for name in os.listdir(save) if (m := STEP.fullmatch(name))]
-    return []
-
-
-def latest(save: str) -> int:
-    """The iteration that ``latest`` names; -1 if the run has saved none."""
-    with suppress(OSError), open(os.path.join(save, _LATEST), "rb") as file:
-        if match := STEP.fullmatch(file.read().decode(errors="replace").strip()):
-            return int(match[1])
-    return -1
 
 
 def bytes_below(folders: Iterable[str]) -> int:

@@ -24,9 +24,10 @@ from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.stores import paths
 from neox_bridge.stores.store import PART_BYTES
 from neox_bridge.training import nodes
-from neox_bridge.training.disk_space import Watch, bytes_below, free_bytes, latest, steps
+from neox_bridge.training.disk_space import Watch, bytes_below, free_bytes
 from neox_bridge.training.exports import END, Exports, StepGone, owner_line
 from neox_bridge.training.log_file import LogFile
+from neox_bridge.training.saved_steps import latest, steps
 
 RETRY_SECONDS = (10.0, 60.0, 300.0)  # before each further try
 _NICENESS = 10
@@ -317,7 +318,7 @@ class Journal:
     target this run has created, or ``after`` for the last step that the run had when its exports
     began. ``saved`` and ``done`` have an id of the save too. If several nodes have a ``save`` of
     their own, the trainer writes ``saved``, with the fingerprint of the save. The first line names
-    the ``save``: see ``exports.owner_of``.
+    the ``save``: see ``exports.owner_line``.
     """
 
     def __init__(self, path: str, say: Say) -> None:

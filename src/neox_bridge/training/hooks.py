@@ -25,7 +25,7 @@ from neox_bridge.wording import plural
 
 _LAUNCHER = "deepy.py"
 _WRAPPED = "_neox_bridge"  # the attribute of a function that is wrapped
-_exporters: list[ExporterProcess] = []  # one on rank 0 if the run exports, none elsewhere
+_exporters: list[ExporterProcess] = []  # one on the ranks that export, none elsewhere
 _is_inference = ContextVar("is_inference", default=False)
 _loaded_models: list[Any] = []  # the engines of this setup, of which the first is trained
 

@@ -19,19 +19,19 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks
 from neox_bridge.frameworks.source_tree import read_tree
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.file_names import STEP, layer_file, rank_file
+from neox_bridge.layouts.file_names import layer_file, rank_file
 from neox_bridge.layouts.open import detect
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.folder import HUB, is_hub
 from neox_bridge.stores.hub_names import hub_target, model_id
 from neox_bridge.tensors.pieces import OutputTensor
+from neox_bridge.training.saved_steps import LATEST, step_names
 from neox_bridge.wording import plural, some
 
 if TYPE_CHECKING:
     import torch
 
-_LATEST = "latest"
 _WHOLE = "sequential."  # before the names in the state dict of a model without stages
 # settings that may differ: they change no weight and nothing that the model computes
 _FREE = frozenset(
@@ -81,20 +81,20 @@ def start_of(load: str | None, save: str | None, iteration: int | None = None) -
         if load and iteration is None:
             _check_native(load, save or "")
         return Start(note=note)
-    if save and os.path.exists(latest := os.path.join(save, _LATEST)):
+    if save and os.path.exists(latest := os.path.join(save, LATEST)):
         step = _latest_step(latest) if iteration is None else f"global_step{iteration}"
         return Start(source, save, f"resuming from {step} in {save}, not starting from {load}")
     if iteration is not None:
         raise BridgeError(
             f"iteration: {iteration} names a step of GPT-NeoX, but load: {load} is a Hugging Face "
-            f"model and save: {save} contains no file `{_LATEST}`. Remove `iteration` to start "
+            f"model and save: {save} contains no file `{LATEST}`. Remove `iteration` to start "
             "from the model."
         )
     if not save or not os.path.isdir(save):
         return Start(source, note=note)
-    if steps := sorted(name for name in os.listdir(save) if STEP.fullmatch(name)):
+    if steps := step_names(save):
         raise BridgeError(
-            f"save: {save} contains {some(steps, 3)} but no file `{_LATEST}`, so the run would "
+            f"save: {save} contains {some(steps, 3)} but no file `{LATEST}`, so the run would "
             f"start again from {load} and replace these steps. Set `save` to another folder. To "
             f"resume, write the name of a step into {latest}."
         )
@@ -120,18 +120,18 @@ def _check_native(load: str, save: str) -> None:
     It does so without an error (megatron/checkpointing.py, ``load_checkpoint``), which is right for
     the first start of a run that resumes from its own folder only.
     """
-    if _is_same(load, save) or os.path.exists(os.path.join(load, _LATEST)):
+    if _is_same(load, save) or os.path.exists(os.path.join(load, LATEST)):
         return
     expanded = os.path.expanduser(load)
     if not os.path.isdir(load):
         problem, advice = "is no folder", "Correct the path"
         if expanded != load and os.path.isdir(expanded):
             problem, advice = "is not expanded by GPT-NeoX", f"Write {expanded}"
-    elif steps := sorted(name for name in os.listdir(load) if STEP.fullmatch(name)):
-        problem = f"contains {some(steps, 3)} but no file `{_LATEST}`"
-        advice = f"Write the name of a step into {os.path.join(load, _LATEST)}"
+    elif steps := step_names(load):
+        problem = f"contains {some(steps, 3)} but no file `{LATEST}`"
+        advice = f"Write the name of a step into {os.path.join(load, LATEST)}"
     else:
-        problem = f"contains neither a Hugging Face model nor a file `{_LATEST}`"
+        problem = f"contains neither a Hugging Face model nor a file `{LATEST}`"
         advice = "Correct the path"
     raise BridgeError(
         f"load: {load} {problem}, so GPT-NeoX would start from random weights. {advice}, or remove "
@@ -157,9 +157,9 @@ def _hf_source(load: str, save: str) -> tuple[str, str]:
     if load and os.path.isdir(folder):
         if not os.path.exists(os.path.join(folder, "config.json")) or detect(folder) != "hf":
             return "", ""
-        if os.path.exists(os.path.join(folder, _LATEST)):
+        if os.path.exists(os.path.join(folder, LATEST)):
             note = f"load: {folder} contains a Hugging Face model too, which is not used"
-            return "", f"{note}, because `{_LATEST}` names a checkpoint of GPT-NeoX"
+            return "", f"{note}, because `{LATEST}` names a checkpoint of GPT-NeoX"
         note = f"load: the local folder {folder} is used, not {HUB}{name} on the Hub"
         return folder, note if is_name else ""
     if not is_name or _is_same(load, save):
