@@ -1,11 +1,13 @@
 """Training runs of the real GPT-NeoX in several layouts, and how far apart their losses are."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import real_neox
 import yaml
+from resharding import reshard
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,36 @@ def asked(source: Layout, target: Layout) -> dict[str, int]:
 
 def apart(a: float, b: float) -> float:
     return abs(a - b) / abs(a)
+
+
+def resuming(run: Path) -> dict[str, Any]:
+    """A job of three steps, from the yml of a resharded run."""
+    return {"yml": str(run / "resume.yml"), "losses": 3, "alike": True, "set": BATCH}
+
+
+def differing(
+    python: str,
+    moves: Iterable[tuple[str, Layout, Layout, int]],
+    wanted: Mapping[str, list[float]],
+    folder: Path,
+    allowed: float,
+) -> list[tuple[str, list[float], list[float]]]:
+    """Reshard runs and resume them. Returns those with other losses than the run itself.
+
+    moves: the name of a run, which is in a folder of this name, its layout, and the layout and ZeRO
+    stage of the target. wanted: the losses of each run, by its name.
+    """
+    by_layout: dict[Layout, list[tuple[str, Path]]] = {}
+    for name, source, target, zero in moves:
+        new = folder / f"{name} to {zero} on {target}"
+        reshard(folder / name / "run", new, zero=zero, **asked(source, target))
+        by_layout.setdefault(target, []).append((name, new))
+    wrong = []
+    for layout, runs in by_layout.items():
+        jobs = [resuming(new) for _, new in runs]
+        continued = losses(python, layout, jobs, folder / f"jobs {layout}")
+        for (name, new), have in zip(runs, continued, strict=True):
+            pairs = zip(wanted[name], have, strict=True)
+            if any(apart(a, b) > allowed for a, b in pairs):
+                wrong.append((new.name, wanted[name], have))
+    return wrong

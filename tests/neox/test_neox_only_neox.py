@@ -11,7 +11,7 @@ import torch
 import yaml
 from common import convert, hf_logits
 from neox_mixes import BASE, MIXES, Mix, add_noise
-from real_training import BATCH, PRECISION, Layout, apart, asked, losses, start
+from real_training import PRECISION, Layout, apart, asked, losses, resuming, start
 from real_training import TOLERANCE as LOSS_TOLERANCES
 from resharding import reshard
 
@@ -145,7 +145,7 @@ def test_a_resharded_run_goes_on(neox_python: str, tmp_path: Path) -> None:
         for name in names:
             new = tmp_path / name / str(target)
             reshard(tmp_path / name / "run", new, **asked(source, target))
-            jobs.append({"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+            jobs.append(resuming(new))
         continued = losses(neox_python, target, jobs, tmp_path / f"jobs {target}")
         for name, mine in zip(names, continued, strict=True):
             # row biases that are summed over other ranks train at another rate

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import real_neox
 from common import convert, make_hf
-from real_training import BATCH, LAYOUTS, PRECISION, TOLERANCE, Layout, apart, asked, losses, start
+from real_training import (
+    LAYOUTS,
+    PRECISION,
+    TOLERANCE,
+    Layout,
+    apart,
+    asked,
+    losses,
+    resuming,
+    start,
+)
 from resharding import reshard, without_moments
 
 from neox_bridge.api import open_checkpoint
@@ -46,11 +56,11 @@ def test_every_layout_to_every_other(
         for source in sources:
             new = tmp_path / str(target) / f"from {source}"
             reshard(tmp_path / str(source) / "run", new, **asked(source, target))
-            jobs.append({"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+            jobs.append(resuming(new))
         cold = tmp_path / str(target) / "cold"
         reshard(tmp_path / str(sources[0]) / "run", cold, **asked(sources[0], target))
         without_moments(cold)
-        jobs.append({"yml": str(cold / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+        jobs.append(resuming(cold))
         *found, forgetful = losses(neox_python, target, jobs, tmp_path / str(target) / "jobs")
         for source, mine in zip(sources, found, strict=True):
             want = wanted[source]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import real_neox
 from common import assert_same, convert, hf_tensors, make_hf
-from real_training import BATCH, PRECISION, TOLERANCE, Layout, apart, losses, start
+from real_training import PRECISION, TOLERANCE, Layout, differing, losses, start
 from resharding import compared, reshard
 
 pytestmark = pytest.mark.neox
@@ -26,10 +26,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_loads(tp: int, neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-NeoX finds the stand-in as Transformer Engine."""
     stand_in = str(Path(__file__).parent / "stand_in")
     monkeypatch.setenv("PYTHONPATH", stand_in + os.pathsep + os.environ.get("PYTHONPATH", ""))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_loads(tp: int, neox_python: str, tmp_path: Path) -> None:
     jobs, sources = [], []
     for number, (family, config) in enumerate(CASES):
         if tp > 1 and family == "gpt_neox" and "use_parallel_residual" not in config:
@@ -62,12 +67,8 @@ def test_loads(tp: int, neox_python: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert_same({name: own[name] for name in want}, want)
 
 
-def test_only_rotary_positions_run(
-    neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_rotary_positions_run(neox_python: str, tmp_path: Path) -> None:
     """So models with other positions are refused: the forward pass of te_mha needs rope_emb."""
-    stand_in = str(Path(__file__).parent / "stand_in")
-    monkeypatch.setenv("PYTHONPATH", stand_in + os.pathsep + os.environ.get("PYTHONPATH", ""))
     hf = real_neox.with_tokenizer(make_hf(tmp_path / "hf", hidden_act="gelu_fast"))
     convert(hf, tmp_path / "te", te=True)
     yml, logits = str(tmp_path / "te" / "finetune.yml"), str(tmp_path / "x.npz")
@@ -104,10 +105,8 @@ TARGETS = [
 ]
 
 
-def test_runs_go_on(neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_go_on(neox_python: str, tmp_path: Path) -> None:
     """Resumed runs compute the losses of the run that was not converted."""
-    stand_in = str(Path(__file__).parent / "stand_in")
-    monkeypatch.setenv("PYTHONPATH", stand_in + os.pathsep + os.environ.get("PYTHONPATH", ""))
     wanted: dict[str, list[float]] = {}
     for source, (layout, zero) in SOURCES.items():
         jobs = []
@@ -119,34 +118,16 @@ def test_runs_go_on(neox_python: str, tmp_path: Path, monkeypatch: pytest.Monkey
             jobs.append({"yml": yml, "losses": 3, "alike": True, "set": {"load": run}})
         resumed = losses(neox_python, layout, jobs, tmp_path / f"jobs {source}")[1::2]
         wanted |= {f"{m} {source}": w for m, w in zip(MODELS, resumed, strict=True)}
-    by_layout: dict[Layout, list[tuple[str, Path]]] = {}
-    for source, layout, zero in TARGETS:
-        for name in (f"{model} {source}" for model in MODELS):
-            new = tmp_path / f"{name} to {zero} on {layout}"
-            micro = BATCH["train_micro_batch_size_per_gpu"] * SOURCES[source][0].dp // layout.dp
-            asked = {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "micro_batch": micro}
-            reshard(tmp_path / name / "run", new, zero=zero, **asked)
-            by_layout.setdefault(layout, []).append((name, new))
-    wrong = []
-    for layout, targets in by_layout.items():
-        jobs = [
-            {"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH}
-            for _, new in targets
-        ]
-        continued = losses(neox_python, layout, jobs, tmp_path / f"jobs {layout}")
-        for (name, new), have in zip(targets, continued, strict=True):
-            pairs = zip(wanted[name], have, strict=True)
-            if any(apart(a, b) > TOLERANCE["fp32"] for a, b in pairs):
-                wrong.append((new.name, wanted[name], have))
-    assert wrong == []
+    moves = [
+        (f"{model} {source}", SOURCES[source][0], layout, zero)
+        for source, layout, zero in TARGETS
+        for model in MODELS
+    ]
+    assert differing(neox_python, moves, wanted, tmp_path, TOLERANCE["fp32"]) == []
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_the_same_layout_is_the_same_files(
-    zero: int, neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in = str(Path(__file__).parent / "stand_in")
-    monkeypatch.setenv("PYTHONPATH", stand_in + os.pathsep + os.environ.get("PYTHONPATH", ""))
+def test_the_same_layout_is_the_same_files(zero: int, neox_python: str, tmp_path: Path) -> None:
     layout = Layout(1, 0, 1)
     settings = {**TE, **MODELS["gated"], "zero_optimization": {"stage": zero}}
     yml, run = str(start(tmp_path / "home", layout, settings)), tmp_path / "home" / "run"

@@ -11,7 +11,7 @@ import torch
 import zero3_writer
 from click.testing import CliRunner
 from common import hf_tensors
-from real_training import BATCH, PRECISION, TOLERANCE, Layout, apart, losses, start
+from real_training import BATCH, PRECISION, TOLERANCE, Layout, apart, losses, resuming, start
 from resharding import reshard, without_moments
 from zero_writer import made_up
 
@@ -75,7 +75,7 @@ def test_runs_go_on_at_another_stage(precision: str, neox_python: str, tmp_path:
             new = tmp_path / f"{source} to {stage} on {layout}"
             micro = BATCH["train_micro_batch_size_per_gpu"] * two.dp // layout.dp
             reshard(run, new, zero=stage, dp=layout.dp, micro_batch=micro)
-            jobs.append({"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+            jobs.append(resuming(new))
             wanted.append(want)
         cold = tmp_path / f"cold {layout}"
         reshard(sources[3][0], cold, dp=layout.dp, micro_batch=micro)

@@ -196,13 +196,18 @@ def test_a_folder_that_cannot_be_written_ends_the_start(
         megatron.training.pretrain(args_of(megatron, hf, tmp_path, **keys))
 
 
+def pushing(megatron: Megatron, hf: Path, tmp_path: Path) -> Any:
+    """The ``NeoXArgs`` of a run that pushes its steps."""
+    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
+    return args_of(megatron, hf, tmp_path, **keys, push_to_hub="org/model")
+
+
 @pytest.mark.parametrize("token", [READ, WRITE])
 def test_the_start_checks_that_steps_can_be_pushed(
     megatron: Megatron, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     install()
-    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
-    args = args_of(megatron, hf, tmp_path, **keys, push_to_hub="org/model")
+    args = pushing(megatron, hf, tmp_path)
     with serving(Stub()) as hub:
         use(hub, monkeypatch, tmp_path)
         monkeypatch.setenv("HF_TOKEN", token)
@@ -223,8 +228,7 @@ def test_an_outage_of_the_hub_does_not_end_the_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     install()
-    keys = {"save": str(tmp_path / "save"), "save_hf": str(tmp_path / "exported")}
-    args = args_of(megatron, hf, tmp_path, **keys, push_to_hub="org/model")
+    args = pushing(megatron, hf, tmp_path)
     with serving(Stub()) as hub:
         use(hub, monkeypatch, tmp_path)
     megatron.training.pretrain(args)
